@@ -1,0 +1,60 @@
+# Everything a contributor runs. `make demo` and `make test` set up what they need on a clean clone.
+#
+#   make demo    train handwritten digits through a remote Adam and compare with torch's own
+#   make test    every check, then the tests against the built wheel
+#   make check   the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
+#   make proto   regenerate the code under proto/python/optimd/v1
+#   make bench   step times against a local optimizer, and memory of both sides
+#   make clean   remove what the targets above made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WHEEL_VENV := .venv-wheel
+GENERATED := proto/python
+PROTOS := $(wildcard proto/optimd/v1/*.proto)
+SOURCES := client server proto/python/optimd/wire tests benchmarks examples tools
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check wheel proto bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# pip rather than uv: the constraints pin torch's CPU build where the index offers one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/optimd demo
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+proto: $(VENV)/.installed
+	$(BIN)/python tools/generate_proto.py --out $(GENERATED)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
+	$(BIN)/python tools/generate_proto.py --out $(GENERATED) --check
+
+# A second environment that sees the first one's dependencies but not its editable optimd, so that the tests
+# meet the wheel as a user would.
+wheel: $(VENV)/.installed
+	rm -rf dist && $(BIN)/python -m build --quiet --no-isolation --wheel --sdist
+	rm -rf $(WHEEL_VENV) && $(PYTHON) -m venv --without-pip $(WHEEL_VENV)
+	$(BIN)/python tools/link_dependencies.py --from $(VENV) --to $(WHEEL_VENV)
+	$(BIN)/python -m pip --python $(WHEEL_VENV)/bin/python install --quiet --disable-pip-version-check --no-deps dist/optimd-*.whl
+
+test: check wheel
+	$(WHEEL_VENV)/bin/python -m pytest --against-wheel $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) $(WHEEL_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

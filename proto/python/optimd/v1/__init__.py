@@ -1,0 +1,1 @@
+"""Code generated from proto/optimd/v1. Never edited: `make proto` rewrites it."""

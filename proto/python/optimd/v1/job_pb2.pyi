@@ -1,0 +1,123 @@
+from optimd.v1 import param_group_pb2 as _param_group_pb2
+from optimd.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class OnExisting(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_EXISTING_UNSPECIFIED: _ClassVar[OnExisting]
+    ON_EXISTING_RESUME: _ClassVar[OnExisting]
+    ON_EXISTING_FAIL: _ClassVar[OnExisting]
+    ON_EXISTING_REPLACE: _ClassVar[OnExisting]
+
+class ApplyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    APPLY_MODE_UNSPECIFIED: _ClassVar[ApplyMode]
+    APPLY_MODE_AUTO: _ClassVar[ApplyMode]
+    APPLY_MODE_STREAMING: _ClassVar[ApplyMode]
+    APPLY_MODE_ATOMIC: _ClassVar[ApplyMode]
+
+class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
+    REDUCTION_MEAN: _ClassVar[Reduction]
+    REDUCTION_SUM: _ClassVar[Reduction]
+ON_EXISTING_UNSPECIFIED: OnExisting
+ON_EXISTING_RESUME: OnExisting
+ON_EXISTING_FAIL: OnExisting
+ON_EXISTING_REPLACE: OnExisting
+APPLY_MODE_UNSPECIFIED: ApplyMode
+APPLY_MODE_AUTO: ApplyMode
+APPLY_MODE_STREAMING: ApplyMode
+APPLY_MODE_ATOMIC: ApplyMode
+REDUCTION_UNSPECIFIED: Reduction
+REDUCTION_MEAN: Reduction
+REDUCTION_SUM: Reduction
+
+class WorkerIdentity(_message.Message):
+    __slots__ = ("worker_id", "rank", "incarnation")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    rank: int
+    incarnation: int
+    def __init__(self, worker_id: _Optional[str] = ..., rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class SyncAggregation(_message.Message):
+    __slots__ = ("world_size", "reduction", "timeout_s", "join_timeout_s")
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    world_size: int
+    reduction: Reduction
+    timeout_s: float
+    join_timeout_s: float
+    def __init__(self, world_size: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., timeout_s: _Optional[float] = ..., join_timeout_s: _Optional[float] = ...) -> None: ...
+
+class Aggregation(_message.Message):
+    __slots__ = ("sync",)
+    SYNC_FIELD_NUMBER: _ClassVar[int]
+    sync: SyncAggregation
+    def __init__(self, sync: _Optional[_Union[SyncAggregation, _Mapping]] = ...) -> None: ...
+
+class OpenJob(_message.Message):
+    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ON_EXISTING_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    worker: WorkerIdentity
+    on_existing: OnExisting
+    aggregation: Aggregation
+    apply: ApplyMode
+    bucket_bytes: int
+    private: bool
+    client_version: str
+    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ...) -> None: ...
+
+class LayoutPage(_message.Message):
+    __slots__ = ("groups", "parameters", "last")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[_param_group_pb2.ParamGroup]
+    parameters: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ParameterSpec]
+    last: bool
+    def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ...) -> None: ...
+
+class LayoutAccepted(_message.Message):
+    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply")
+    SEND_VALUES_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_COUNT_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    send_values: bool
+    resumed: bool
+    bucket_bytes: int
+    bucket_count: int
+    apply: ApplyMode
+    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ...) -> None: ...
+
+class JobReady(_message.Message):
+    __slots__ = ("job_step", "next_sequence", "load_count")
+    JOB_STEP_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    job_step: int
+    next_sequence: int
+    load_count: int
+    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ...) -> None: ...

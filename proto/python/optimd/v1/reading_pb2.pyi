@@ -1,0 +1,55 @@
+from optimd.v1 import state_dict_pb2 as _state_dict_pb2
+from optimd.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetCapabilitiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetCapabilitiesResponse(_message.Message):
+    __slots__ = ("server_version", "torch_version", "device", "max_message_bytes", "max_bucket_bytes", "max_workers", "max_jobs", "max_job_bytes", "rules")
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_JOB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    server_version: str
+    torch_version: str
+    device: str
+    max_message_bytes: int
+    max_bucket_bytes: int
+    max_workers: int
+    max_jobs: int
+    max_job_bytes: int
+    rules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_bucket_bytes: _Optional[int] = ..., max_workers: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_job_bytes: _Optional[int] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReadStateRequest(_message.Message):
+    __slots__ = ("job", "parameters", "tensors")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    parameters: _containers.RepeatedScalarFieldContainer[int]
+    tensors: _containers.RepeatedScalarFieldContainer[_tensor_pb2.TensorKind]
+    def __init__(self, job: _Optional[str] = ..., parameters: _Optional[_Iterable[int]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorKind, str]]] = ...) -> None: ...
+
+class ReadStateResponse(_message.Message):
+    __slots__ = ("state_dict", "bucket", "payload")
+    STATE_DICT_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    state_dict: _state_dict_pb2.StateDictPage
+    bucket: _tensor_pb2.TensorBucket
+    payload: bytes
+    def __init__(self, state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...

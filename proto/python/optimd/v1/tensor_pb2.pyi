@@ -1,0 +1,92 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FLOAT64: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+    DTYPE_COMPLEX64: _ClassVar[Dtype]
+    DTYPE_COMPLEX128: _ClassVar[Dtype]
+
+class TensorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TENSOR_KIND_UNSPECIFIED: _ClassVar[TensorKind]
+    TENSOR_KIND_PARAMETER: _ClassVar[TensorKind]
+    TENSOR_KIND_GRADIENT: _ClassVar[TensorKind]
+    TENSOR_KIND_EXP_AVG: _ClassVar[TensorKind]
+    TENSOR_KIND_EXP_AVG_SQ: _ClassVar[TensorKind]
+    TENSOR_KIND_MAX_EXP_AVG_SQ: _ClassVar[TensorKind]
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FLOAT64: Dtype
+DTYPE_FLOAT32: Dtype
+DTYPE_BFLOAT16: Dtype
+DTYPE_FLOAT16: Dtype
+DTYPE_COMPLEX64: Dtype
+DTYPE_COMPLEX128: Dtype
+TENSOR_KIND_UNSPECIFIED: TensorKind
+TENSOR_KIND_PARAMETER: TensorKind
+TENSOR_KIND_GRADIENT: TensorKind
+TENSOR_KIND_EXP_AVG: TensorKind
+TENSOR_KIND_EXP_AVG_SQ: TensorKind
+TENSOR_KIND_MAX_EXP_AVG_SQ: TensorKind
+
+class ParameterSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "memory_order")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_ORDER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: Dtype
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    memory_order: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., memory_order: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class BucketSlice(_message.Message):
+    __slots__ = ("parameter", "offset", "length")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    offset: int
+    length: int
+    def __init__(self, parameter: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class BucketSpec(_message.Message):
+    __slots__ = ("bucket_id", "group", "dtype", "slices")
+    BUCKET_ID_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    bucket_id: int
+    group: int
+    dtype: Dtype
+    slices: _containers.RepeatedCompositeFieldContainer[BucketSlice]
+    def __init__(self, bucket_id: _Optional[int] = ..., group: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., slices: _Optional[_Iterable[_Union[BucketSlice, _Mapping]]] = ...) -> None: ...
+
+class BucketTablePage(_message.Message):
+    __slots__ = ("buckets", "last")
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    buckets: _containers.RepeatedCompositeFieldContainer[BucketSpec]
+    last: bool
+    def __init__(self, buckets: _Optional[_Iterable[_Union[BucketSpec, _Mapping]]] = ..., last: bool = ...) -> None: ...
+
+class TensorBucket(_message.Message):
+    __slots__ = ("bucket_id", "kind", "present")
+    BUCKET_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    bucket_id: int
+    kind: TensorKind
+    present: bytes
+    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ...) -> None: ...

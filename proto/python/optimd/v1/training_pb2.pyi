@@ -1,0 +1,143 @@
+from optimd.v1 import job_pb2 as _job_pb2
+from optimd.v1 import param_group_pb2 as _param_group_pb2
+from optimd.v1 import state_dict_pb2 as _state_dict_pb2
+from optimd.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class StepOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_OUTCOME_UNSPECIFIED: _ClassVar[StepOutcome]
+    STEP_OUTCOME_APPLIED: _ClassVar[StepOutcome]
+STEP_OUTCOME_UNSPECIFIED: StepOutcome
+STEP_OUTCOME_APPLIED: StepOutcome
+
+class StepBegin(_message.Message):
+    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
+    GROUP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PARAM_GROUP_PAGES_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    base_step: int
+    group_count: int
+    load_count: int
+    param_group_pages: int
+    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ...) -> None: ...
+
+class StepEnd(_message.Message):
+    __slots__ = ("bucket_count",)
+    BUCKET_COUNT_FIELD_NUMBER: _ClassVar[int]
+    bucket_count: int
+    def __init__(self, bucket_count: _Optional[int] = ...) -> None: ...
+
+class StepReceipt(_message.Message):
+    __slots__ = ("sequence", "step", "outcome", "contributors", "partial_contributors", "hyperparameters_disagreed")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_DISAGREED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    step: int
+    outcome: StepOutcome
+    contributors: _containers.RepeatedScalarFieldContainer[int]
+    partial_contributors: _containers.RepeatedScalarFieldContainer[int]
+    hyperparameters_disagreed: bool
+    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., contributors: _Optional[_Iterable[int]] = ..., partial_contributors: _Optional[_Iterable[int]] = ..., hyperparameters_disagreed: bool = ...) -> None: ...
+
+class AddParamGroup(_message.Message):
+    __slots__ = ("group",)
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    def __init__(self, group: _Optional[int] = ...) -> None: ...
+
+class LoadState(_message.Message):
+    __slots__ = ("digest", "load_count", "force")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    load_count: int
+    force: bool
+    def __init__(self, digest: _Optional[bytes] = ..., load_count: _Optional[int] = ..., force: bool = ...) -> None: ...
+
+class LoadStateAccepted(_message.Message):
+    __slots__ = ("send_state",)
+    SEND_STATE_FIELD_NUMBER: _ClassVar[int]
+    send_state: bool
+    def __init__(self, send_state: bool = ...) -> None: ...
+
+class LoadStateEnd(_message.Message):
+    __slots__ = ("bucket_count",)
+    BUCKET_COUNT_FIELD_NUMBER: _ClassVar[int]
+    bucket_count: int
+    def __init__(self, bucket_count: _Optional[int] = ...) -> None: ...
+
+class StateLoaded(_message.Message):
+    __slots__ = ("load_count",)
+    LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    load_count: int
+    def __init__(self, load_count: _Optional[int] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TrainRequest(_message.Message):
+    __slots__ = ("open", "layout", "step_begin", "param_groups", "bucket", "step_end", "add_param_group", "load_state", "state_dict", "load_state_end", "leave", "payload")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    STEP_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    PARAM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    STEP_END_FIELD_NUMBER: _ClassVar[int]
+    ADD_PARAM_GROUP_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_DICT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_END_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    open: _job_pb2.OpenJob
+    layout: _job_pb2.LayoutPage
+    step_begin: StepBegin
+    param_groups: _param_group_pb2.ParamGroupsPage
+    bucket: _tensor_pb2.TensorBucket
+    step_end: StepEnd
+    add_param_group: AddParamGroup
+    load_state: LoadState
+    state_dict: _state_dict_pb2.StateDictPage
+    load_state_end: LoadStateEnd
+    leave: Leave
+    payload: bytes
+    def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class TrainResponse(_message.Message):
+    __slots__ = ("layout_accepted", "bucket_table", "param_groups", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "payload")
+    LAYOUT_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    STATE_LOADED_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    layout_accepted: _job_pb2.LayoutAccepted
+    bucket_table: _tensor_pb2.BucketTablePage
+    param_groups: _param_group_pb2.ParamGroupsPage
+    bucket: _tensor_pb2.TensorBucket
+    ready: _job_pb2.JobReady
+    receipt: StepReceipt
+    load_state_accepted: LoadStateAccepted
+    state_loaded: StateLoaded
+    payload: bytes
+    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,124 @@
+"""torch's param_groups as the schema writes them.
+
+Nothing here knows an option by name: the fields of the rule's message in `ParamGroup.options` are torch's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from optimd.v1 import param_group_pb2
+
+# `params` are tensors and `param_names` travel with the parameters they name.
+_NOT_OPTIONS: Final = frozenset({"params", "param_names"})
+_INT64: Final = range(-(2**63), 2**63)
+
+RULES: Final = tuple(field.name for field in param_group_pb2.ParamGroup.DESCRIPTOR.oneofs_by_name["options"].fields)
+"""The update rules that the schema has options for."""
+
+
+def encode_group(
+    index: int, rule: str, group: Mapping[str, Any], *, parameter_count: int = 0
+) -> param_group_pb2.ParamGroup:
+    """The options of one of torch's param_groups.
+
+    Numbers become doubles, one-element tensors their value. What a scheduler or a user added travels in `extra`; values
+    that the schema cannot express are left out.
+
+    Args:
+        index: The group's index.
+        rule: The update rule, one of `RULES`.
+        group: The group's dict, complete for the rule.
+        parameter_count: How many parameters it has; 0 where only its options matter.
+    """
+    message = param_group_pb2.ParamGroup(index=index, parameter_count=parameter_count)
+    options = getattr(message, rule)
+    options.SetInParent()
+    known = {field.name for field in options.DESCRIPTOR.fields}
+    for field in options.DESCRIPTOR.fields:
+        value = group[field.name]
+        if field.message_type is not None:
+            nested = getattr(options, field.name)
+            for part, item in zip(field.message_type.fields, value, strict=True):
+                setattr(nested, part.name, _number(item))
+        elif value is not None:
+            setattr(options, field.name, _number(value))
+    for key, value in group.items():
+        if key in known or key in _NOT_OPTIONS or not isinstance(key, str):
+            continue
+        encoded = _encode_extra(value)
+        if encoded is not None:
+            message.extra[key].CopyFrom(encoded)
+    return message
+
+
+def decode_group(message: param_group_pb2.ParamGroup) -> dict[str, Any]:
+    """The options in `message` as one of torch's param_groups, without its parameters.
+
+    Raises:
+        ValueError: the message has options of no rule.
+    """
+    rule = message.WhichOneof("options")
+    if rule is None:
+        raise ValueError("a param group without options")
+    options = getattr(message, rule)
+    group: dict[str, Any] = {}
+    for field in options.DESCRIPTOR.fields:
+        if field.message_type is not None:
+            nested = getattr(options, field.name)
+            group[field.name] = tuple(getattr(nested, part.name) for part in field.message_type.fields)
+        elif field.has_presence and not options.HasField(field.name):
+            group[field.name] = None
+        else:
+            group[field.name] = getattr(options, field.name)
+    for key, value in message.extra.items():
+        group[key] = _decode_extra(value)
+    return group
+
+
+def rule_of(message: param_group_pb2.ParamGroup) -> str | None:
+    """The update rule whose options `message` has; None where it has none."""
+    rule: str | None = message.WhichOneof("options")
+    return rule
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _encode_extra(value: Any) -> param_group_pb2.ExtraValue | None:
+    """`value` as the schema writes it; None where it cannot."""
+    encoded = param_group_pb2.ExtraValue()
+    match value:
+        case None:
+            pass
+        case bool():
+            encoded.bool_value = value
+        case int() if value in _INT64:
+            encoded.int_value = value
+        case float():
+            encoded.double_value = value
+        case str() if value.isprintable():
+            encoded.string_value = value
+        case list() | tuple():
+            items = [_encode_extra(item) for item in value]
+            if any(item is None for item in items):
+                return None
+            encoded.list_value.SetInParent()
+            encoded.list_value.items.extend(item for item in items if item is not None)
+        case torch.Tensor() if value.numel() == 1 and value.dtype.is_floating_point:
+            encoded.double_value = float(value)
+        case _:
+            return None
+    return encoded
+
+
+def _decode_extra(value: param_group_pb2.ExtraValue) -> Any:
+    kind = value.WhichOneof("value")
+    if kind is None:
+        return None
+    if kind == "list_value":
+        return [_decode_extra(item) for item in value.list_value.items]
+    return getattr(value, kind)

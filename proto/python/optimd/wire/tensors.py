@@ -1,0 +1,74 @@
+"""Tensors as bytes and bytes as tensors, and the order in which elements travel.
+
+Shape suffix used here: a `flat` tensor is 1-D and contiguous, on the CPU, with the elements of a parameter in its
+memory order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+
+import torch
+
+# torch warns once per process that a tensor over received bytes must not be written to. Nothing here writes to
+# one; the warning is spent now, so that no user meets it. numpy would do without, but is no dependency of a worker.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def bytes_of(flat: torch.Tensor) -> memoryview:
+    """The bytes of a flat CPU tensor, without a copy.
+
+    The view does not keep the tensor alive: the caller does, as long as it uses the view.
+    """
+    if flat.device.type != "cpu" or not flat.is_contiguous():
+        raise ValueError("only the bytes of a contiguous CPU tensor can be viewed")
+    array = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
+    return memoryview(array).cast("B")
+
+
+def tensor_over(payload: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """A flat CPU tensor over `payload`, without a copy. It keeps the payload alive and must not be written to.
+
+    Raises:
+        ValueError: the payload is not a whole number of elements.
+    """
+    if payload.nbytes % dtype.itemsize:
+        raise ValueError(f"{payload.nbytes} bytes are not a whole number of {dtype} elements")
+    if not payload.nbytes:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(payload, dtype=dtype)
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of `tensor` from the outermost in memory to the innermost.
+
+    For a dense tensor (one that covers its memory without holes or overlaps: contiguous, transposed, channels-last)
+    these are the dimensions by falling stride, so that `flatten` is a view. Any other tensor gets row-major order.
+    """
+    # A dimension of one element has no say in where the others lie, whatever its stride: it stays where it is.
+    order = list(range(tensor.dim()))
+    wide = [dim for dim in order if tensor.size(dim) != 1]
+    strides = tensor.stride()
+    by_stride = sorted(wide, key=lambda dim: -strides[dim])
+    for slot, dim in zip(wide, by_stride, strict=True):
+        order[slot] = dim
+    if tensor.numel() and tensor.permute(order).is_contiguous():
+        return tuple(order)
+    return tuple(range(tensor.dim()))
+
+
+def flatten(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The elements of `tensor` in memory order `order`, 1-D: a view if it is dense in that order, else a copy."""
+    return tensor.permute(order).reshape(-1)
+
+
+def unflatten(flat: torch.Tensor, shape: torch.Size, order: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `flatten`: a view of `flat` with `shape`, whose elements lie in memory order `order`."""
+    permuted = flat.view([shape[dim] for dim in order])
+    inverse = [0] * len(order)
+    for position, dim in enumerate(order):
+        inverse[dim] = position
+    return permuted.permute(inverse)

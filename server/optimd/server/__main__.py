@@ -1,0 +1,69 @@
+"""`python -m optimd.server`: serves with what a worker installs, no more.
+
+`optimd serve` is the same with colours, health checks and JSON logs. The embedded server of a training process is
+started through this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from optimd.server.config import ServerConfig
+from optimd.server.errors import ConfigurationError
+from optimd.server.run import run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m optimd.server", description="Hold training jobs' parameters and optimizer state, and step them."
+    )
+    for setting in fields(ServerConfig):
+        flag = "--" + setting.name.replace("_", "-")
+        if isinstance(setting.default, bool):
+            parser.add_argument(
+                flag, default=setting.default, action=argparse.BooleanOptionalAction, help=setting.metadata["help"]
+            )
+        else:
+            parser.add_argument(
+                flag,
+                default=setting.default,
+                type=type(setting.default),
+                help=f"{setting.metadata['help']} (default: {setting.default})".replace("%", "%%"),
+            )
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--lifeline", type=Path, help="a named pipe; the server stops when nobody holds it open")
+    parser.add_argument("--ready-fd", type=int, help="a descriptor to write a line to and close, once ready")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until told to stop. Returns the exit status: 0, or 2 where the server could not start."""
+    parsed = vars(_parser().parse_args(arguments))
+    logging.basicConfig(
+        level=parsed.pop("log_level").upper(), format="%(asctime)s %(levelname)s optimd: %(message)s", stream=sys.stderr
+    )
+    lifeline_path, ready_fd = parsed.pop("lifeline"), parsed.pop("ready_fd")
+    try:
+        # Whoever starts the server holds the pipe for writing already, so that this does not wait.
+        lifeline = None if lifeline_path is None else os.open(lifeline_path, os.O_RDONLY)
+        run(ServerConfig(**parsed), on_ready=lambda _server: _tell_ready(ready_fd), lifeline=lifeline)
+    except ConfigurationError as error:
+        print(f"optimd: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _tell_ready(ready_fd: int | None) -> None:
+    if ready_fd is not None:
+        os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The sum of several workers' gradients of one bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from optimd.wire.layout import Bucket
+
+
+class GradientAccumulator:
+    """One bucket's gradients, added up on the server's device as they arrive.
+
+    Its memory is taken with the first contribution and kept for the steps that follow. Not thread-safe.
+
+    Args:
+        bucket: The bucket.
+        device: Where the sum lives.
+    """
+
+    def __init__(self, bucket: Bucket, device: torch.device) -> None:
+        self._bucket = bucket
+        self._device = device
+        self._lengths = [piece.length for piece in bucket.slices]
+        self._sum: torch.Tensor | None = None
+        self.present = [False] * len(bucket.slices)
+
+    def clear(self) -> None:
+        """Forgets what was added, not the memory it took."""
+        self.present = [False] * len(self._bucket.slices)
+
+    def add(self, payload: torch.Tensor, present: Sequence[bool]) -> None:
+        """Adds one worker's gradients.
+
+        Args:
+            payload: The elements of the present slices, flat, on the CPU. Only read.
+            present: For each slice whether the worker has a gradient for it.
+        """
+        payload = payload.to(self._device)
+        if self._sum is None:
+            self._sum = torch.empty(sum(self._lengths), dtype=self._bucket.dtype, device=self._device)
+        if all(present) and not any(self.present):
+            self._sum.copy_(payload)
+        elif all(present) and all(self.present):
+            self._sum.add_(payload)
+        else:
+            self._add_some(self._sum, payload, present)
+        self.present = [a or b for a, b in zip(self.present, present, strict=True)]
+
+    def reduced(self, divisor: int) -> list[torch.Tensor]:
+        """The gradients of the slices that anybody had one for, divided by `divisor`. Views of the sum's memory."""
+        if self._sum is None:
+            return []
+        if divisor != 1:
+            self._sum.div_(divisor)
+        pieces = torch.split(self._sum, self._lengths)
+        return [piece for piece, here in zip(pieces, self.present, strict=True) if here]
+
+    def slice(self, position: int) -> torch.Tensor:
+        """The gradient of one slice, as `reduced` left it; zeros where nobody had one."""
+        length = self._lengths[position]
+        if self._sum is None or not self.present[position]:
+            return torch.zeros(length, dtype=self._bucket.dtype, device=self._device)
+        start = sum(self._lengths[:position])
+        return self._sum[start : start + length]
+
+    def _add_some(self, total: torch.Tensor, payload: torch.Tensor, present: Sequence[bool]) -> None:
+        lengths = [length for length, here in zip(self._lengths, present, strict=True) if here]
+        parts = iter(torch.split(payload, lengths))
+        for piece, here, before in zip(torch.split(total, self._lengths), present, self.present, strict=True):
+            if here:
+                part = next(parts)
+                if before:
+                    piece.add_(part)
+                else:
+                    piece.copy_(part)

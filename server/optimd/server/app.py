@@ -1,0 +1,162 @@
+"""The server: its parts put together, started and stopped."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import torch
+from optimd.server.config import ServerConfig
+from optimd.server.errors import ConfigurationError
+from optimd.server.interceptor import ErrorTranslation
+from optimd.server.registry import JobRegistry
+from optimd.server.services import AdminService, Limits, OptimizerService
+from optimd.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from grpc_health.v1.health import HealthServicer
+
+_log = logging.getLogger(__name__)
+
+RESERVED_THREADS: Final = 8
+"""Threads for health and admin calls beside those for streams: they answer while every stream is taken."""
+
+_CHANNEL_OPTIONS: Final = (
+    # Without this a second server on the same port would silently share its connections.
+    ("grpc.so_reuseport", 0),
+    # Workers compute for minutes between two steps and ping meanwhile: that is no abuse.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A worker whose machine is gone is noticed within a minute, so that others do not wait for it.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Measured on TCP: frames of a bucket's size with a window above it gave 15-30 %.
+    ("grpc.http2.max_frame_size", 4 * 1024 * 1024),
+    ("grpc.http2.lookahead_bytes", 8 * 1024 * 1024),
+)
+
+
+class Server:
+    """An optimizer daemon in this process. torch's thread count is a setting of the process: one server is enough.
+
+    Args:
+        config: Its settings.
+
+    Raises:
+        ConfigurationError: its device is not there.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.device = config.resolved_device()
+        limits = Limits(
+            max_workers=config.max_workers,
+            max_jobs=config.max_jobs,
+            max_job_bytes=config.resolved_max_job_bytes(),
+        )
+        self.registry = JobRegistry(self.device, max_jobs=limits.max_jobs, max_job_bytes=limits.max_job_bytes)
+        self._service = OptimizerService(self.registry, limits)
+        self._server = grpc.server(
+            # A stream holds its thread; its worker may read state besides.
+            ThreadPoolExecutor(2 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
+            interceptors=[ErrorTranslation()],
+            options=_CHANNEL_OPTIONS,
+        )
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        add_AdminServiceServicer_to_server(AdminService(self.registry), self._server)
+        self._health = _add_standard_services(self._server) if config.health else None
+        self.address = config.address
+
+    def start(self) -> str:
+        """Binds the address and begins to serve. Does not wait.
+
+        Returns:
+            The address as bound: with the port that was taken for port 0.
+
+        Raises:
+            ConfigurationError: the address cannot be bound.
+        """
+        torch.set_num_threads(self._config.resolved_threads())
+        path = self._config.socket_path
+        try:
+            if path is not None:
+                _clear_stale_socket(path)
+                self._server.add_insecure_port(f"unix:{path}")
+            else:
+                _try_bind(self._config)
+                port = self._server.add_insecure_port(self._config.address)
+                self.address = f"{self._config.address.rpartition(':')[0]}:{port}"
+        except (RuntimeError, OSError) as error:
+            raise ConfigurationError(
+                f"cannot listen on {self._config.address}: {error}; choose another with --address"
+            ) from error
+        self._server.start()
+        return self.address
+
+    def stop(self) -> None:
+        """Stops: takes no new streams, waits up to `drain_timeout_s` for open steps, ends the streams. Blocks."""
+        self._service.drain()
+        if self._health is not None:
+            self._health.enter_graceful_shutdown()
+        deadline = time.monotonic() + self._config.drain_timeout_s
+        for job in self.registry.all():
+            if not job.drain(max(0.0, deadline - time.monotonic())):
+                _log.warning("job %s: stopped in the middle of step %d", job.name, job.step + 1)
+        self._server.stop(grace=0.2).wait()
+        path = self._config.socket_path
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _add_standard_services(server: grpc.Server) -> HealthServicer:
+    # Only `optimd serve` needs these; the embedded server runs on what a worker installs.
+    try:
+        from optimd.server.standard_services import add_standard_services  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the health service needs {error.name}: pip install 'optimd[server]', or pass --no-health"
+        ) from error
+    return add_standard_services(server)
+
+
+def _try_bind(config: ServerConfig) -> None:
+    """Binds a TCP address for a moment: the system says why it cannot be had, gRPC only that it cannot.
+
+    Raises:
+        OSError: it cannot be bound.
+    """
+    port = int(config.address.rpartition(":")[2])
+    family, kind, _, _, address = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OSError((error.strerror or str(error)).lower()) from error
+
+
+def _clear_stale_socket(path: Path) -> None:
+    """Removes the socket of a server that died; gRPC would take over that of a living one.
+
+    Raises:
+        OSError: the path is not a socket, a server answers there, or its folder is missing.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise FileExistsError(f"{path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(f"a server answers at {path}")

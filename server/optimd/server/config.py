@@ -1,0 +1,128 @@
+"""How a server is set up. Nothing here is read from the environment: who builds a config does that."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from optimd.server.errors import ConfigurationError
+
+DEFAULT_ADDRESS: Final = "127.0.0.1:50551"
+_UNIX: Final = "unix://"
+# What a job may take of the machine's memory where nobody says otherwise.
+_MEMORY_SHARE: Final = 0.8
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field of `ServerConfig`. `text` is its documentation, in code and in every `--help`."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The settings of one server. Each field's `help` says what it means.
+
+    Raises:
+        ConfigurationError: a number is out of range, an address is malformed, or an address is reachable from other
+            hosts while `insecure` is not set.
+    """
+
+    address: str = setting(DEFAULT_ADDRESS, "Where to listen: host:port or unix:///path. Port 0 takes a free one.")
+    device: str = setting(
+        "auto", "Where parameters and state live: auto (the first GPU, else the CPU), cpu, cuda or cuda:N."
+    )
+    threads: int = setting(0, "How many threads torch computes with. 0: half of the cores, at least 1 and at most 4.")
+    max_workers: int = setting(64, "The most workers at once, over all jobs. Each holds one thread.")
+    max_jobs: int = setting(1000, "The most jobs at once.")
+    max_job_bytes: int = setting(
+        0, "The most bytes that values and state of one job may take. 0: 80 % of the machine's memory."
+    )
+    insecure: bool = setting(
+        default=False, text="Speak plaintext beyond loopback addresses and Unix sockets, on a network that you trust."
+    )
+    drain_timeout_s: float = setting(10.0, "How long a stopping server waits for open steps, in seconds.")
+    health: bool = setting(
+        default=True, text="Serve the standard health and reflection services. They need optimd[server]."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_workers", "max_jobs"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("threads", "max_job_bytes", "drain_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.socket_path is None and not self.insecure and not _is_loopback(self.host):
+            raise ConfigurationError(
+                f"{self.address} can be reached from other hosts, and this server speaks plaintext: listen on "
+                "127.0.0.1 or unix:///path, or pass --insecure on a network that you trust"
+            )
+
+    @classmethod
+    def help_of(cls, name: str) -> str:
+        """What the setting `name` means, for a `--help`."""
+        return next(str(item.metadata["help"]) for item in fields(cls) if item.name == name)
+
+    @property
+    def socket_path(self) -> Path | None:
+        """The Unix socket's path; None for a TCP address."""
+        return Path(self.address[len(_UNIX) :]) if self.address.startswith(_UNIX) else None
+
+    @property
+    def host(self) -> str:
+        """The host part of a TCP address.
+
+        Raises:
+            ConfigurationError: the address is not "host:port".
+        """
+        host, separator, port = self.address.rpartition(":")
+        if not separator or not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigurationError(f"{self.address!r} is not an address; write host:port or unix:///path")
+        return host.strip("[]")
+
+    def resolved_threads(self) -> int:
+        """The number of torch threads."""
+        return self.threads or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+
+    def resolved_max_job_bytes(self) -> int:
+        """The most bytes a job may take."""
+        if self.max_job_bytes:
+            return self.max_job_bytes
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(memory * _MEMORY_SHARE)
+
+    def resolved_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            ConfigurationError: it is not there, or the name is not one.
+        """
+        if self.device == "auto":
+            return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ConfigurationError(f"{self.device!r} is not a device; write auto, cpu or cuda:N") from None
+        if device.type == "cpu":
+            return torch.device("cpu")
+        if device.type != "cuda":
+            raise ConfigurationError(f"device {self.device} is not supported; write auto, cpu or cuda:N")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index or 0
+        if index >= count:
+            here = f"it has cuda:0 to cuda:{count - 1}" if count else "it has no CUDA device"
+            raise ConfigurationError(f"device {self.device} is not on this machine ({here}); use --device auto or cpu")
+        return torch.device("cuda", index)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

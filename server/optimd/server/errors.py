@@ -1,0 +1,137 @@
+"""What can go wrong on the server, as domain code raises it.
+
+    ServerError
+    ├── ConfigurationError        the server cannot start as it was asked to
+    └── RequestError              a call cannot be served; has a reason
+        ├── InvalidFieldError     INVALID_FIELD     malformed, or contradicts the job's layout
+        ├── OutOfOrderError       OUT_OF_ORDER      the protocol has no place for the message
+        ├── JobMismatchError      JOB_MISMATCH      not what the job is
+        ├── UnknownJobError       UNKNOWN_JOB
+        ├── JobExistsError        JOB_EXISTS
+        ├── JobInUseError         JOB_IN_USE
+        ├── JobDeletedError       JOB_DELETED
+        ├── WorkerInUseError      WORKER_IN_USE     a live worker has that id or rank
+        ├── LimitExceededError    LIMIT_EXCEEDED
+        ├── StepTimeoutError      STEP_TIMEOUT      others did not come in time
+        ├── LoadNeedsForceError   LOAD_NEEDS_FORCE
+        ├── ShuttingDownError     SHUTTING_DOWN
+        ├── UnsupportedError      UNSUPPORTED
+        └── UpdateRefusedError    UPDATE_REFUSED    torch refused the update
+
+Domain code never sees gRPC: `interceptor.py` translates, by the table in `optimd.wire.reasons`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServerError(Exception):
+    """The root."""
+
+
+class ConfigurationError(ServerError):
+    """The server cannot start as it was asked to. The message is one sentence with the remedy."""
+
+
+class RequestError(ServerError):
+    """A call cannot be served.
+
+    Args:
+        message: One sentence for a person at the other end.
+        field: The field at fault, where one is.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidFieldError(RequestError):
+    """A field is malformed or contradicts the job's layout."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", field=field)
+
+
+class OutOfOrderError(RequestError):
+    """A message came where the protocol has no place for it."""
+
+    reason = "OUT_OF_ORDER"
+
+
+class JobMismatchError(RequestError):
+    """The worker's parameters, groups, settings or loads are not the job's."""
+
+    reason = "JOB_MISMATCH"
+
+
+class UnknownJobError(RequestError):
+    """No job of that name."""
+
+    reason = "UNKNOWN_JOB"
+
+
+class JobExistsError(RequestError):
+    """The job exists and the worker asked for a new one."""
+
+    reason = "JOB_EXISTS"
+
+
+class JobInUseError(RequestError):
+    """The job has live workers."""
+
+    reason = "JOB_IN_USE"
+
+
+class JobDeletedError(RequestError):
+    """The job was deleted while the call was under way."""
+
+    reason = "JOB_DELETED"
+
+
+class WorkerInUseError(RequestError):
+    """A live worker of the job has that worker_id or that rank."""
+
+    reason = "WORKER_IN_USE"
+
+
+class LimitExceededError(RequestError):
+    """One of the server's limits is reached."""
+
+    reason = "LIMIT_EXCEEDED"
+
+
+class StepTimeoutError(RequestError):
+    """Others did not join, contribute or read in time."""
+
+    reason = "STEP_TIMEOUT"
+
+
+class LoadNeedsForceError(RequestError):
+    """A load over a job with steps and other live workers."""
+
+    reason = "LOAD_NEEDS_FORCE"
+
+
+class ShuttingDownError(RequestError):
+    """The server is shutting down."""
+
+    reason = "SHUTTING_DOWN"
+
+
+class UnsupportedError(RequestError):
+    """The server does not do what was asked for."""
+
+    reason = "UNSUPPORTED"
+
+
+class UpdateRefusedError(RequestError):
+    """torch refused the update with the job's hyperparameters."""
+
+    reason = "UPDATE_REFUSED"

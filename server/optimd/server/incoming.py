@@ -1,0 +1,108 @@
+"""The messages of a training stream as the server receives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from optimd.server.errors import InvalidFieldError, OutOfOrderError
+from optimd.v1 import job_pb2, state_dict_pb2, tensor_pb2, training_pb2
+from optimd.wire.codec import Frame, MalformedMessageError, decode
+from optimd.wire.kinds import decode_kind
+from optimd.wire.layout import Bucket, unpack_present
+from optimd.wire.tensors import tensor_over
+
+
+class Incoming:
+    """Reads one stream's requests. Belongs to one thread.
+
+    Args:
+        requests: The serialised messages; blocks until there is one, ends where the worker closes its side.
+    """
+
+    def __init__(self, requests: Iterator[bytes]) -> None:
+        self._requests = requests
+        self.bytes_received = 0
+
+    def receive(self) -> tuple[str, training_pb2.TrainRequest, Frame] | None:
+        """The next message and the name of its kind; None where the worker has closed its side.
+
+        Raises:
+            InvalidFieldError: it is malformed.
+        """
+        data = next(self._requests, None)
+        if data is None:
+            return None
+        self.bytes_received += len(data)
+        try:
+            message, frame = decode(training_pb2.TrainRequest, data)
+        except MalformedMessageError as error:
+            raise InvalidFieldError("TrainRequest", str(error)) from error
+        kind = message.WhichOneof("message")
+        if kind is None:
+            raise InvalidFieldError("TrainRequest.message", "is not set")
+        if frame.payload.nbytes and kind != "bucket":
+            raise InvalidFieldError("TrainRequest.payload", f"a {kind} has none")
+        return kind, message, frame
+
+    def expect(self, *kinds: str) -> tuple[str, training_pb2.TrainRequest, Frame]:
+        """The next message, which must be of one of `kinds`.
+
+        Raises:
+            OutOfOrderError: it is of another kind, or the worker has closed its side.
+            InvalidFieldError: it is malformed.
+        """
+        received = self.receive()
+        wanted = " or ".join(kinds)
+        if received is None:
+            raise OutOfOrderError(f"the stream ended where {wanted} was due")
+        if received[0] not in kinds:
+            raise OutOfOrderError(f"{received[0]} came where {wanted} was due")
+        return received
+
+    def layout_pages(self) -> Iterator[job_pb2.LayoutPage]:
+        """The pages of a layout, up to the last."""
+        while True:
+            _, message, _ = self.expect("layout")
+            yield message.layout
+            if message.layout.last:
+                return
+
+    def state_dict_pages(self) -> Iterator[state_dict_pb2.StateDictPage]:
+        """The pages of a state_dict, up to the last."""
+        while True:
+            _, message, _ = self.expect("state_dict")
+            yield message.state_dict
+            if message.state_dict.last:
+                return
+
+
+def read_bucket(
+    header: tensor_pb2.TensorBucket, frame: Frame, buckets: Sequence[Bucket]
+) -> tuple[str, Bucket, list[bool], torch.Tensor]:
+    """Checks a bucket against the job's table.
+
+    Returns:
+        The kind of tensor, the bucket, which of its slices are present, and their elements, flat: a view of the
+        received message that must not be written to.
+
+    Raises:
+        InvalidFieldError: the bucket is unknown, or bitmap or payload do not fit it.
+    """
+    if header.bucket_id >= len(buckets):
+        raise InvalidFieldError(
+            "TensorBucket.bucket_id", f"{header.bucket_id} is unknown; the job has {len(buckets)} buckets"
+        )
+    bucket = buckets[header.bucket_id]
+    try:
+        kind = decode_kind(header.kind)
+        present = unpack_present(header.present, len(bucket.slices))
+    except ValueError as error:
+        raise InvalidFieldError("TensorBucket", str(error)) from error
+    due = bucket.payload_bytes(present)
+    if frame.payload.nbytes != due:
+        raise InvalidFieldError(
+            "TrainRequest.payload",
+            f"{frame.payload.nbytes} bytes; the {kind} of bucket {bucket.bucket_id} takes {due}",
+        )
+    return kind, bucket, present, tensor_over(frame.payload, bucket.dtype)

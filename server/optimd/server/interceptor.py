@@ -1,0 +1,89 @@
+"""Exceptions become gRPC statuses here and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+from optimd.server.errors import RequestError
+from optimd.v1 import errors_pb2
+from optimd.wire.reasons import ERROR_TRAILER, STATUS_OF_REASON, encode_reason
+
+_log = logging.getLogger(__name__)
+
+
+class ErrorTranslation(grpc.ServerInterceptor):
+    """Ends a call whose handler raises with the status and the `ErrorDetail` of the exception's reason.
+
+    A `RequestError` is the caller's business and is logged in one line. Anything else is a defect: INTERNAL with an
+    incident id, under which the log has the traceback.
+    """
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the behaviour of the called method."""
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _guard(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_stream(method, handler.stream_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+def _guard(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return behaviour(request, context)
+        except Exception as error:  # noqa: BLE001  # the last line of defence
+            _abort(method, context, error)
+
+    return guarded
+
+
+def _guard_stream(method: str, behaviour: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from behaviour(request, context)
+        except Exception as error:  # noqa: BLE001  # the last line of defence
+            _abort(method, context, error)
+
+    return guarded
+
+
+def _abort(method: str, context: grpc.ServicerContext, error: Exception) -> NoReturn:
+    if not context.is_active():
+        # The other end is gone: nobody is there to be told, and what was raised followed from that.
+        _log.debug("%s: ended by the other end (%s)", method, error)
+        raise error
+    if isinstance(error, RequestError):
+        detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message, field=error.field)
+        status = STATUS_OF_REASON[error.reason]
+        _log.info("%s: %s: %s", method, error.reason, error.message)
+    else:
+        incident = secrets.token_hex(4)
+        detail = errors_pb2.ErrorDetail(
+            reason=encode_reason("INTERNAL"),
+            message=f"internal error; the server's log has it as incident {incident}",
+            incident_id=incident,
+        )
+        status = STATUS_OF_REASON["INTERNAL"]
+        _log.error("%s: incident %s", method, incident, exc_info=error)
+    context.set_trailing_metadata(((ERROR_TRAILER, detail.SerializeToString()),))
+    context.abort(getattr(grpc.StatusCode, status), detail.message)

@@ -1,0 +1,542 @@
+"""A job: one optimizer on the server.
+
+A job owns its parameters and state, its param_groups and its workers, and serialises every change of them under one
+lock. The calling threads are those of the workers' streams: the one that completes a bucket applies it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final, Literal
+
+import torch
+from optimd.server import update
+from optimd.server.aggregation import Decision, SyncAggregator, Worker
+from optimd.server.errors import (
+    InvalidFieldError,
+    JobDeletedError,
+    JobMismatchError,
+    LoadNeedsForceError,
+    OutOfOrderError,
+    StepTimeoutError,
+    UpdateRefusedError,
+    WorkerInUseError,
+)
+from optimd.server.membership import Member, WorkerRecord
+from optimd.server.stepping import Round, Stepper
+from optimd.server.store import StagedState, Store
+from optimd.wire.layout import Bucket, Parameter, cut_buckets, first_difference
+
+READER_TIMEOUT_S: Final = 60.0
+"""How long a reader that takes nothing may hold up a step, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """What the job's creator asked for. All workers of a job ask for the same."""
+
+    world_size: int
+    reduction: Literal["mean", "sum"]
+    apply: Literal["streaming", "atomic"]
+    bucket_bytes: int
+    timeout_s: float
+    join_timeout_s: float
+    private: bool
+
+
+class JobPhase(Enum):
+    """Where a job is in its life."""
+
+    CREATING = auto()
+    READY = auto()
+    DELETED = auto()
+
+
+class ReadHold:
+    """A reader's claim that nothing is applied while it reads."""
+
+    def __init__(self) -> None:
+        self.touched_s = time.monotonic()
+        self.revoked = False
+
+    def touch(self) -> None:
+        """Says that the reader is alive.
+
+        Raises:
+            StepTimeoutError: a step has waited too long for this reader and has been let through.
+        """
+        if self.revoked:
+            raise StepTimeoutError(f"read nothing for {READER_TIMEOUT_S:g} s while a step waited; read again")
+        self.touched_s = time.monotonic()
+
+
+class Job:
+    """One optimizer: parameters, param_groups, state and workers.
+
+    Thread-safe. Methods that wait say so; all waits have deadlines.
+
+    Args:
+        name: The job's name.
+        settings: What its creator asked for.
+        device: Where its tensors live.
+    """
+
+    def __init__(self, name: str, settings: JobSettings, device: torch.device) -> None:
+        self.name = name
+        self.settings = settings
+        self.store = Store(device)
+        self._changed = threading.Condition()
+        # All below: guarded by self._changed.
+        self.phase = JobPhase.CREATING
+        self.groups: list[dict[str, Any]] = []
+        self.group_sizes: list[int] = []
+        self.load_count = 0
+        self._load_digest = b""
+        self._aggregator = SyncAggregator(world_size=settings.world_size, streaming=settings.apply == "streaming")
+        self._members: dict[Worker, Member] = {}
+        self._records: dict[str, WorkerRecord] = {}
+        self._stepper = Stepper(
+            name,
+            self.store,
+            self._members,
+            mean=settings.reduction == "mean",
+            streaming=settings.apply == "streaming",
+        )
+        self._readers: set[ReadHold] = set()
+        self._growing: Member | None = None
+
+    # --- who is in it
+
+    @property
+    def step(self) -> int:
+        """The number of committed steps."""
+        return self._aggregator.step
+
+    def members(self) -> list[Member]:
+        """The workers that are in the job, in order of rank."""
+        with self._changed:
+            return [self._members[worker] for worker in sorted(self._members)]
+
+    def record(self, worker_id: str) -> WorkerRecord:
+        """What the job remembers of a worker_id."""
+        with self._changed:
+            return self._records.setdefault(worker_id, WorkerRecord())
+
+    def await_ready(self) -> None:
+        """Waits until the job's creator has uploaded its values.
+
+        Raises:
+            JobDeletedError: the creator gave up, or the job was deleted.
+            StepTimeoutError: it took longer than `join_timeout_s`.
+        """
+        with self._changed:
+            self._wait_locked(
+                lambda: self.phase is not JobPhase.CREATING,
+                self.settings.join_timeout_s,
+                lambda: "the worker that creates the job has not uploaded its parameters",
+            )
+
+    def admit(self, member: Member, *, creates: bool) -> None:
+        """Lets a worker in, between two steps. Waits for the open step.
+
+        From here on no step is committed without the worker, so that the values it reads next stand still.
+
+        Raises:
+            WorkerInUseError: a live worker has its id or rank.
+            JobDeletedError: the job went away while it waited.
+            StepTimeoutError: the open step was not committed within `timeout_s`.
+        """
+        with self._changed:
+            self._check_free_locked(member.worker)
+            self._wait_locked(
+                lambda: not self._aggregator.is_open and self._growing is None,
+                self.settings.timeout_s,
+                lambda: f"the open step still waits for {self._missing_locked()}",
+            )
+            self._check_free_locked(member.worker)
+            self._aggregator.join(member.worker)
+            self._members[member.worker] = member
+            member.groups = [dict(group) for group in self.groups]
+            member.speaks = creates
+            self._changed.notify_all()
+
+    def disconnect(self, member: Member) -> None:
+        """A worker's line is down: whatever waits on its behalf stops waiting. Its stream calls `leave` next."""
+        with self._changed:
+            member.alive = False
+            self._changed.notify_all()
+
+    def leave(self, member: Member) -> None:
+        """A worker's stream has ended, in good order or not. Waits for readers; may be called more than once."""
+        with self._changed:
+            member.alive = False
+            if self._growing is member:
+                self._growing = None
+            if self._members.get(member.worker) is member:
+                self._wait_for_readers_locked()
+                decisions = self._aggregator.leave(member.worker)
+                try:
+                    self._settle_locked(decisions)
+                finally:
+                    del self._members[member.worker]
+                    self._changed.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until no step is open. Returns whether that came true within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._aggregator.is_open, timeout_s)
+
+    def delete(self) -> None:
+        """Ends the job: whoever waits for it gets `JobDeletedError`."""
+        with self._changed:
+            self.phase = JobPhase.DELETED
+            self._changed.notify_all()
+
+    # --- its parameters
+
+    def grow(
+        self,
+        member: Member,
+        groups: Sequence[dict[str, Any]],
+        sizes: Sequence[int],
+        parameters: Sequence[Parameter],
+    ) -> list[Bucket]:
+        """Adds param groups with their parameters. The values are undefined until the worker has written them.
+
+        Until `grown` is called, no other worker is let in or may begin a push. Does not wait.
+
+        Returns:
+            The new buckets.
+
+        Raises:
+            OutOfOrderError: a step is open.
+            UpdateRefusedError: torch, or a server, cannot step with a group's options.
+        """
+        self._check_options(groups)
+        with self._changed:
+            if self._aggregator.is_open:
+                raise OutOfOrderError("a param group cannot be added while a step is open")
+            self._growing = member
+            buckets: list[Bucket] = []
+            first = len(self.store.parameters)
+            offset = 0
+            for size in sizes:
+                members = [(first + i, parameters[i]) for i in range(offset, offset + size)]
+                buckets += cut_buckets(
+                    members,
+                    group=len(self.group_sizes),
+                    first_id=len(self.store.buckets) + len(buckets),
+                    bucket_bytes=self.settings.bucket_bytes,
+                )
+                self.group_sizes.append(size)
+                offset += size
+            self.groups += [dict(group) for group in groups]
+            member.groups += [dict(group) for group in groups]
+            self.store.add(parameters, buckets)
+            return buckets
+
+    def grown(self, member: Member) -> None:
+        """The values of the groups that a worker added are in place."""
+        with self._changed:
+            if self._growing is member:
+                self._growing = None
+            if self.phase is JobPhase.CREATING:
+                self.phase = JobPhase.READY
+            self._changed.notify_all()
+
+    def await_growth(self, member: Member, group: int, parameters: Sequence[Parameter]) -> bool:
+        """Whether another worker has already added the group of index `group`; waits while one is at it.
+
+        Raises:
+            OutOfOrderError: the worker's count of groups is not the job's.
+            JobMismatchError: the other worker's group has other parameters.
+        """
+        with self._changed:
+            self._wait_locked(
+                lambda: self._growing is None,
+                self.settings.timeout_s,
+                lambda: "another worker is still uploading its new param group",
+            )
+            self._check_alive_locked(member)
+            if group not in (len(self.groups), len(self.groups) - 1):
+                raise OutOfOrderError(f"group {group} cannot follow the job's {len(self.groups)} groups")
+            if group == len(self.groups):
+                self._growing = member
+                return False
+            known = self.group_parameters(group)
+            first = len(self.store.parameters) - self.group_sizes[group]
+            difference = first_difference(known, list(enumerate(parameters, first)))
+            if difference is not None:
+                raise JobMismatchError(
+                    f"rank {member.worker.rank} adds another param group than the job has: {difference}"
+                )
+            return True
+
+    def adopt_groups(self, member: Member, first: int) -> list[dict[str, Any]]:
+        """Gives a worker the job's groups from index `first` on."""
+        with self._changed:
+            member.groups[first:] = [dict(group) for group in self.groups[first:]]
+            return [dict(group) for group in self.groups[first:]]
+
+    def group_parameters(self, first_group: int) -> list[tuple[int, Parameter]]:
+        """The parameters of all groups from index `first_group` on, with their indices."""
+        with self._changed:
+            first = sum(self.group_sizes[:first_group])
+            return list(enumerate(self.store.parameters))[first:]
+
+    # --- a push
+
+    def begin(self, member: Member, *, sequence: int, base_step: int, group_count: int, load_count: int) -> Round:
+        """A worker begins a push. Waits until the job is formed.
+
+        Raises:
+            OutOfOrderError: the sequence number or the base step is not the one due.
+            JobMismatchError: the worker has missed a param group or a load.
+            StepTimeoutError: too few workers joined within `join_timeout_s`.
+        """
+        with self._changed:
+            self._wait_locked(
+                lambda: (self._aggregator.is_formed and self._growing is None) or not member.alive,
+                self.settings.join_timeout_s,
+                lambda: (
+                    f"{len(self._aggregator.live)} of {self.settings.world_size} workers have joined; start the "
+                    "others, or correct world_size"
+                ),
+            )
+            self._check_alive_locked(member)
+            due = self._records.setdefault(member.worker.worker_id, WorkerRecord()).next_sequence
+            if sequence != due:
+                raise OutOfOrderError(f"StepBegin.sequence is {sequence}; {due} is due")
+            if base_step != self.step:
+                raise OutOfOrderError(f"StepBegin.base_step is {base_step}; the job stands at {self.step}")
+            if group_count != len(self.groups):
+                raise JobMismatchError(
+                    f"rank {member.worker.rank} has {group_count} param groups, the job has {len(self.groups)}: "
+                    "every worker adds a group between the same two steps"
+                )
+            if load_count != self.load_count:
+                raise JobMismatchError(
+                    f"rank {member.worker.rank} has loaded {load_count} state_dicts, the job {self.load_count}: "
+                    "every worker loads an equal one between the same two steps"
+                )
+            self._aggregator.begin(member.worker)
+            return self._stepper.open_round(self.groups)
+
+    def set_hyperparameters(self, member: Member, group: int, options: dict[str, Any]) -> None:
+        """A worker's options of one group have changed."""
+        with self._changed:
+            if group >= len(member.groups):
+                raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
+            self._check_options([options])
+            member.groups[group] = options
+            member.speaks = True
+
+    def push(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+        """A worker pushes the gradients of one bucket; applies what that completes. Waits for readers.
+
+        Args:
+            member: The worker, between `begin` and `end`.
+            bucket: One of the job's, which the worker has not pushed in this step.
+            present: For each slice whether there is a gradient.
+            payload: The gradients, flat, on the CPU. Only read, and not kept.
+
+        Raises:
+            UpdateRefusedError: torch refuses the update.
+        """
+        with self._changed:
+            self._wait_for_readers_locked()
+            self._check_alive_locked(member)
+            decisions = self._aggregator.push(member.worker, bucket.bucket_id)
+            self._stepper.contribute(member.worker, bucket, present, payload, decisions)
+            if decisions:
+                self._changed.notify_all()
+
+    def end(self, member: Member) -> None:
+        """A worker has pushed all it had; commits the step if it was the last. Waits for readers.
+
+        Raises:
+            UpdateRefusedError: torch refuses the update.
+        """
+        with self._changed:
+            self._wait_for_readers_locked()
+            self._check_alive_locked(member)
+            self._settle_locked(self._aggregator.end(member.worker))
+
+    def await_progress(self, member: Member, round_: Round, seen: int) -> int:
+        """Waits until more than `seen` buckets are applied or the step is committed.
+
+        Returns:
+            How many buckets are applied.
+
+        Raises:
+            StepTimeoutError: nothing happened for `timeout_s`.
+            UpdateRefusedError: torch refused the step.
+            JobDeletedError: the job went away.
+        """
+        with self._changed:
+            self._wait_locked(
+                lambda: len(round_.applied) > seen or round_.is_over or not member.alive,
+                self.settings.timeout_s,
+                lambda: f"the step waits for {self._missing_locked()}",
+            )
+            self._check_alive_locked(member)
+            if round_.failure is not None:
+                raise UpdateRefusedError(str(round_.failure))
+            return len(round_.applied)
+
+    # --- its state
+
+    @contextmanager
+    def reading(self) -> Iterator[ReadHold]:
+        """Holds the values and the state still. Waits for a step that has begun to apply.
+
+        Raises:
+            StepTimeoutError: the step was not committed within `timeout_s`.
+            JobDeletedError: the job is gone.
+        """
+        hold = ReadHold()
+        with self._changed:
+            self._wait_locked(
+                lambda: not self._aggregator.has_applied,
+                self.settings.timeout_s,
+                lambda: f"the open step still waits for {self._missing_locked()}",
+            )
+            hold.touch()
+            self._readers.add(hold)
+        try:
+            yield hold
+        finally:
+            with self._changed:
+                self._readers.discard(hold)
+                self._changed.notify_all()
+
+    def begin_load(self, member: Member, *, digest: bytes, load_count: int, force: bool) -> bool:
+        """A worker brings a state_dict.
+
+        Returns:
+            Whether its content is needed: False where another worker has loaded the same.
+
+        Raises:
+            JobMismatchError: another worker has loaded a different one, or has begun a step without it.
+            LoadNeedsForceError: it would replace the state of a job with steps and other workers.
+        """
+        with self._changed:
+            if load_count == self.load_count and self.load_count:
+                if digest != self._load_digest:
+                    raise JobMismatchError(
+                        f"rank {member.worker.rank} loads another state_dict than the job has loaded: every worker "
+                        "loads an equal one"
+                    )
+                return False
+            if load_count != self.load_count + 1:
+                raise JobMismatchError(
+                    f"this would be load {load_count} for rank {member.worker.rank}, the job has had {self.load_count}"
+                )
+            if self._aggregator.is_open:
+                raise JobMismatchError(
+                    "another worker has begun the next step without loading: every worker loads an equal state_dict "
+                    "between the same two steps"
+                )
+            if self.step and len(self._members) > 1 and not force:
+                raise LoadNeedsForceError(
+                    f"job {self.name!r} has {self.step} steps behind it and {len(self._members) - 1} other workers; "
+                    "load_state_dict(..., force=True) replaces its state for all of them"
+                )
+            return True
+
+    def finish_load(
+        self,
+        member: Member,
+        staged: StagedState,
+        groups: list[dict[str, Any]],
+        *,
+        digest: bytes,
+        load_count: int,
+    ) -> int:
+        """Puts a staged state in force.
+
+        Returns:
+            How often a state_dict has been loaded, this one included.
+
+        Raises:
+            JobMismatchError: another worker was faster.
+            UpdateRefusedError: torch, or a server, cannot step with a group's options.
+        """
+        self._check_options(groups)
+        with self._changed:
+            self._wait_for_readers_locked()
+            self._check_alive_locked(member)
+            if self._aggregator.is_open or load_count != self.load_count + 1:
+                raise JobMismatchError("the job went on while the state_dict was on its way")
+            self.store.replace_state(staged)
+            self.groups = [dict(group) for group in groups]
+            for other in self._members.values():
+                other.groups = [dict(group) for group in groups]
+            self.load_count += 1
+            self._load_digest = digest
+            return self.load_count
+
+    # --- all below with self._changed held
+
+    def _settle_locked(self, decisions: Sequence[Decision]) -> None:
+        """Carries decisions out and makes a committed step the job's."""
+        round_ = self._stepper.carry_out(decisions)
+        if round_ is not None and round_.commit is not None:
+            self.groups = round_.groups
+            for worker in round_.commit.contributors:
+                record = self._records.setdefault(worker.worker_id, WorkerRecord())
+                record.next_sequence += 1
+                record.pushes += 1
+        self._changed.notify_all()
+
+    def _wait_locked(self, condition: Callable[[], bool], timeout_s: float, waiting_for: Callable[[], str]) -> None:
+        arrived = self._changed.wait_for(lambda: condition() or self.phase is JobPhase.DELETED, timeout_s)
+        if self.phase is JobPhase.DELETED:
+            raise JobDeletedError(f"job {self.name!r} was deleted")
+        if not arrived:
+            raise StepTimeoutError(f"job {self.name!r}: waited {timeout_s:g} s, and {waiting_for()}")
+
+    def _check_options(self, groups: Sequence[dict[str, Any]]) -> None:
+        for index, options in enumerate(groups):
+            refusal = update.refusal(options, self.store.device)
+            if refusal:
+                raise UpdateRefusedError(f"param group {index}: {refusal}")
+
+    def _wait_for_readers_locked(self) -> None:
+        """Lets readers finish before anything changes. Gives up the lock: call it before looking at anything."""
+        while self._readers:
+            oldest = min(self._readers, key=lambda hold: hold.touched_s)
+            left = oldest.touched_s + READER_TIMEOUT_S - time.monotonic()
+            if left <= 0:
+                oldest.revoked = True
+                self._readers.discard(oldest)
+            else:
+                self._changed.wait(left)
+
+    def _check_free_locked(self, newcomer: Worker) -> None:
+        for worker in self._members:
+            if worker.worker_id == newcomer.worker_id:
+                raise WorkerInUseError(
+                    f"worker_id {newcomer.worker_id!r} is in job {self.name!r} already; give this one another with "
+                    "ProxyOptions(worker_id=...) or another rank"
+                )
+            if worker.rank == newcomer.rank:
+                raise WorkerInUseError(
+                    f"rank {newcomer.rank} is in job {self.name!r} already, as worker_id {worker.worker_id!r}; give "
+                    "this worker another with ProxyOptions(rank=...)"
+                )
+
+    def _check_alive_locked(self, member: Member) -> None:
+        if self.phase is JobPhase.DELETED:
+            raise JobDeletedError(f"job {self.name!r} was deleted")
+        if not member.alive:
+            raise OutOfOrderError("the worker has left the job")
+
+    def _missing_locked(self) -> str:
+        missing = self._aggregator.missing()
+        return "ranks " + ", ".join(str(worker.rank) for worker in missing) if missing else "nobody"

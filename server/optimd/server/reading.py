@@ -1,0 +1,82 @@
+"""Reading a job's values and state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optimd.server import update
+from optimd.server.errors import InvalidFieldError
+from optimd.server.job import Job
+from optimd.v1 import reading_pb2, state_dict_pb2, tensor_pb2
+from optimd.wire.codec import encode
+from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind, encode_kind
+from optimd.wire.layout import pack_present
+from optimd.wire.limits import PAGE_BYTES
+from optimd.wire.param_groups import encode_group
+
+
+def read_state(job: Job, request: reading_pb2.ReadStateRequest) -> Iterator[bytes]:
+    """The serialised answer to a `ReadStateRequest`.
+
+    It is consistent: nothing is applied between its first part and its last.
+
+    Raises:
+        InvalidFieldError: a parameter or a kind that the job does not have.
+        StepTimeoutError: the reader took nothing for too long while a step waited.
+    """
+    count = len(job.store.parameters)
+    for index in request.parameters:
+        if index >= count:
+            raise InvalidFieldError("ReadStateRequest.parameters", f"{index} is unknown; the job has {count}")
+    try:
+        kinds = [decode_kind(number) for number in request.tensors]
+    except ValueError as error:
+        raise InvalidFieldError("ReadStateRequest.tensors", str(error)) from error
+    if GRADIENT in kinds:
+        raise InvalidFieldError("ReadStateRequest.tensors", "gradients are not kept")
+    wanted = set(request.parameters) or set(range(count))
+    with job.reading() as hold:
+        for page in _pages(job, wanted):
+            hold.touch()
+            yield encode(reading_pb2.ReadStateResponse(state_dict=page))
+        for kind in kinds:
+            for bucket in job.store.buckets:
+                present = [
+                    piece.parameter in wanted
+                    and (kind == PARAMETER or kind in job.store.state_names_of(piece.parameter))
+                    for piece in bucket.slices
+                ]
+                if any(present):
+                    hold.touch()
+                    header = tensor_pb2.TensorBucket(
+                        bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present)
+                    )
+                    yield encode(reading_pb2.ReadStateResponse(bucket=header), job.store.read(kind, bucket, present))
+
+
+def _pages(job: Job, wanted: set[int]) -> Iterator[state_dict_pb2.StateDictPage]:
+    page = state_dict_pb2.StateDictPage()
+    size = 0
+    for index, group in enumerate(job.groups):
+        page.param_groups.append(encode_group(index, update.RULE, group, parameter_count=job.group_sizes[index]))
+        size += page.param_groups[-1].ByteSize()
+        if size > PAGE_BYTES:
+            yield page
+            page, size = state_dict_pb2.StateDictPage(), 0
+    for index in sorted(wanted):
+        names = job.store.state_names_of(index)
+        if not names:
+            continue
+        page.state.append(
+            state_dict_pb2.ParameterState(
+                parameter=index,
+                step=job.store.step_of(index),
+                tensors=[encode_kind(name) for name in names],
+            )
+        )
+        size += page.state[-1].ByteSize()
+        if size > PAGE_BYTES:
+            yield page
+            page, size = state_dict_pb2.StateDictPage(), 0
+    page.last = True
+    yield page

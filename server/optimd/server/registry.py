@@ -1,0 +1,154 @@
+"""The jobs of a server, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+
+import torch
+from optimd.server.errors import (
+    JobDeletedError,
+    JobExistsError,
+    JobInUseError,
+    JobMismatchError,
+    LimitExceededError,
+    UnknownJobError,
+)
+from optimd.server.job import Job, JobPhase
+from optimd.server.membership import Member
+from optimd.server.opening import Opening, WorkerLayout
+from optimd.v1 import job_pb2
+from optimd.wire.layout import first_difference
+
+_log = logging.getLogger(__name__)
+
+# What may differ between the workers of a job: the first one's holds.
+_CREATORS_CHOICE = frozenset({"bucket_bytes"})
+
+
+class JobRegistry:
+    """Creates, finds and drops jobs. Thread-safe.
+
+    Args:
+        device: Where jobs keep their tensors.
+        max_jobs: The most jobs at once.
+        max_job_bytes: The most bytes that values and state of one job may take.
+    """
+
+    def __init__(self, device: torch.device, *, max_jobs: int, max_job_bytes: int) -> None:
+        self.device = device
+        self.max_job_bytes = max_job_bytes
+        self._max_jobs = max_jobs
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}  # guarded by self._lock
+
+    def enter(self, opening: Opening, layout: WorkerLayout, member: Member) -> tuple[Job, bool]:
+        """Lets a worker into a job, which it creates if there is none. Waits as `Job.admit` does.
+
+        Returns:
+            The job, and whether the worker created it and has to upload its values.
+
+        Raises:
+            JobExistsError: it exists and the worker wants a new one.
+            JobMismatchError: the worker's settings or parameters are not the job's.
+            LimitExceededError: there are too many jobs.
+            RequestError: what `Job.admit` raises.
+        """
+        while True:
+            job, creates = self._find_or_create(opening)
+            try:
+                if not creates:
+                    job.await_ready()
+                    _check_match(job, opening, layout)
+                job.admit(member, creates=creates)
+            except JobDeletedError:
+                # Its creator gave up before it was ready, or an operator dropped it: look again.
+                continue
+            return job, creates
+
+    def leave(self, job: Job, member: Member) -> None:
+        """Takes a worker out of a job. Drops the job if it is private, or if the worker was still creating it."""
+        try:
+            job.leave(member)
+        finally:
+            with self._lock:
+                ends = not job.members() and (job.settings.private or job.phase is JobPhase.CREATING)
+                if ends and self._jobs.get(job.name) is job:
+                    del self._jobs[job.name]
+            if ends:
+                job.delete()
+
+    def get(self, name: str) -> Job:
+        """The job of that name.
+
+        Raises:
+            UnknownJobError: there is none, or it is still being created.
+        """
+        with self._lock:
+            job = self._jobs.get(name)
+        if job is None or job.phase is not JobPhase.READY:
+            raise UnknownJobError(f"there is no job {name!r} on this server")
+        return job
+
+    def all(self) -> list[Job]:
+        """The jobs that are ready, in order of name."""
+        with self._lock:
+            jobs = [self._jobs[name] for name in sorted(self._jobs)]
+        return [job for job in jobs if job.phase is JobPhase.READY]
+
+    def delete(self, name: str, *, force: bool) -> None:
+        """Drops a job.
+
+        Raises:
+            UnknownJobError: there is none of that name.
+            JobInUseError: workers are in it and `force` is not set.
+        """
+        job = self.get(name)
+        workers = len(job.members())
+        if workers and not force:
+            raise JobInUseError(f"job {name!r} has {workers} workers in it; force ends them")
+        with self._lock:
+            if self._jobs.get(name) is job:
+                del self._jobs[name]
+        job.delete()
+        _log.info("job %s: deleted at step %d", name, job.step)
+
+    def _find_or_create(self, opening: Opening) -> tuple[Job, bool]:
+        with self._lock:
+            job = self._jobs.get(opening.job)
+            if job is not None and job.phase is not JobPhase.CREATING:
+                occupied = bool(job.members())
+                forming = occupied and job.step == 0
+                if opening.on_existing == job_pb2.ON_EXISTING_FAIL and not forming:
+                    raise JobExistsError(
+                        f"job {opening.job!r} exists, at step {job.step}; choose another name, or "
+                        'on_existing="resume" or "replace"'
+                    )
+                if opening.on_existing == job_pb2.ON_EXISTING_REPLACE and not occupied:
+                    _log.info("job %s: replaced at step %d", job.name, job.step)
+                    job.delete()
+                    job = None
+            if job is not None:
+                return job, False
+            if len(self._jobs) >= self._max_jobs:
+                raise LimitExceededError(
+                    f"this server holds {len(self._jobs)} jobs and takes no more (--max-jobs); delete one"
+                )
+            job = Job(opening.job, opening.settings, self.device)
+            self._jobs[opening.job] = job
+            return job, True
+
+
+def _check_match(job: Job, opening: Opening, layout: WorkerLayout) -> None:
+    for setting in dataclasses.fields(job.settings):
+        ours, theirs = getattr(job.settings, setting.name), getattr(opening.settings, setting.name)
+        if ours != theirs and setting.name not in _CREATORS_CHOICE:
+            raise JobMismatchError(
+                f"job {job.name!r} has {setting.name} {ours}, rank {opening.worker.rank} asks for {theirs}"
+            )
+    difference = first_difference(job.group_parameters(0), list(enumerate(layout.parameters)))
+    if difference is None and job.group_sizes != layout.sizes:
+        difference = f"the job's param groups have {job.group_sizes} parameters, the worker's {layout.sizes}"
+    if difference is not None:
+        raise JobMismatchError(f"rank {opening.worker.rank} does not match job {job.name!r}: {difference}")

@@ -1,0 +1,55 @@
+"""Runs a server until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from optimd.server.app import Server
+from optimd.server.config import ServerConfig
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: ServerConfig, *, on_ready: Callable[[Server], None], lifeline: int | None = None) -> None:
+    """Serves until SIGTERM, SIGINT or the end of the lifeline. Blocks; only in the main thread.
+
+    A second signal stops at once, without waiting for open steps.
+
+    Args:
+        config: The server's settings.
+        on_ready: Called once the server takes calls.
+        lifeline: A pipe's reading end, or None. When nobody holds its writing end any more, the server stops.
+
+    Raises:
+        ConfigurationError: the server cannot start.
+    """
+    stopping = threading.Event()
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    server = Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if lifeline is not None:
+        threading.Thread(target=_watch, args=(lifeline, stopping), name="optimd-lifeline", daemon=True).start()
+    address = server.start()
+    _log.info("serving on %s, device %s", address, server.device)
+    on_ready(server)
+    stopping.wait()
+    _log.info("stopping")
+    server.stop()
+
+
+def _watch(lifeline: int, stopping: threading.Event) -> None:
+    # Nothing is ever written: a read returns when the last writer is gone.
+    while os.read(lifeline, 1):
+        pass
+    stopping.set()

@@ -1,0 +1,201 @@
+"""The services: what comes from gRPC goes to a session, a job or the registry, and back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import grpc
+import torch
+from optimd.server import update
+from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
+from optimd.server.job import Job
+from optimd.server.reading import read_state
+from optimd.server.registry import JobRegistry
+from optimd.server.session import TrainSession
+from optimd.v1 import admin_pb2, job_pb2, reading_pb2
+from optimd.v1.admin_service_pb2_grpc import AdminServiceServicer
+from optimd.wire.codec import MalformedMessageError, decode
+from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_MESSAGE_BYTES
+from optimd.wire.methods import SERVICE
+from optimd.wire.param_groups import encode_group
+
+_MAX_PAGE = 1000
+_MAX_GROUPS_SHOWN = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the server takes."""
+
+    max_workers: int
+    max_jobs: int
+    max_job_bytes: int
+
+
+class OptimizerService:
+    """`optimd.v1.OptimizerService`. Its calls whose messages carry payloads take and give bytes.
+
+    Args:
+        registry: The server's jobs.
+        limits: What the server takes.
+    """
+
+    def __init__(self, registry: JobRegistry, limits: Limits) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._streams = threading.BoundedSemaphore(limits.max_workers)
+        self._draining = threading.Event()
+
+    def drain(self) -> None:
+        """Takes no new streams from now on."""
+        self._draining.set()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What to register with a `grpc.Server`."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "GetCapabilities": grpc.unary_unary_rpc_method_handler(
+                    self.get_capabilities,
+                    request_deserializer=reading_pb2.GetCapabilitiesRequest.FromString,
+                    response_serializer=reading_pb2.GetCapabilitiesResponse.SerializeToString,
+                ),
+                "Train": grpc.stream_stream_rpc_method_handler(self.train),
+                "ReadState": grpc.unary_stream_rpc_method_handler(self.read_state),
+            },
+        )
+
+    def get_capabilities(
+        self, _request: reading_pb2.GetCapabilitiesRequest, _context: grpc.ServicerContext
+    ) -> reading_pb2.GetCapabilitiesResponse:
+        """What the server is and how much it takes."""
+        return reading_pb2.GetCapabilitiesResponse(
+            server_version=version("optimd"),
+            torch_version=torch.__version__,
+            device=str(self._registry.device),
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_bucket_bytes=MAX_BUCKET_BYTES,
+            max_workers=self._limits.max_workers,
+            max_jobs=self._limits.max_jobs,
+            max_job_bytes=self._limits.max_job_bytes,
+            rules=[update.RULE],
+        )
+
+    def train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """One worker's stream.
+
+        Raises:
+            LimitExceededError: there are too many.
+            ShuttingDownError: the server is stopping.
+            RequestError: what the session raises.
+        """
+        if self._draining.is_set():
+            raise ShuttingDownError("the server is shutting down")
+        if not self._streams.acquire(blocking=False):
+            raise LimitExceededError(
+                f"this server serves {self._limits.max_workers} workers at once and is full (--max-workers)"
+            )
+        try:
+            session = TrainSession(self._registry, requests)
+            if not context.add_callback(session.disconnect):
+                return
+            yield from session.responses()
+        finally:
+            self._streams.release()
+
+    def read_state(self, request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Values and state of a job.
+
+        Raises:
+            InvalidFieldError: the request is malformed.
+            RequestError: what `JobRegistry.get` and `read_state` raise.
+        """
+        try:
+            message, _ = decode(reading_pb2.ReadStateRequest, request)
+        except MalformedMessageError as error:
+            raise InvalidFieldError("ReadStateRequest", str(error)) from error
+        yield from read_state(self._registry.get(message.job), message)
+
+
+class AdminService(AdminServiceServicer):
+    """`optimd.v1.AdminService`.
+
+    Args:
+        registry: The server's jobs.
+    """
+
+    def __init__(self, registry: JobRegistry) -> None:
+        self._registry = registry
+
+    def ListJobs(  # noqa: N802  # the schema's name
+        self, request: admin_pb2.ListJobsRequest, _context: grpc.ServicerContext
+    ) -> admin_pb2.ListJobsResponse:
+        """The jobs, in order of name."""
+        size = min(request.page_size or _MAX_PAGE, _MAX_PAGE)
+        jobs = [job for job in self._registry.all() if job.name > request.page_token]
+        page = jobs[:size]
+        return admin_pb2.ListJobsResponse(
+            jobs=[_summary(job) for job in page],
+            next_page_token=page[-1].name if len(jobs) > size else "",
+        )
+
+    def GetJob(  # noqa: N802  # the schema's name
+        self, request: admin_pb2.GetJobRequest, _context: grpc.ServicerContext
+    ) -> admin_pb2.GetJobResponse:
+        """One job in detail."""
+        job = self._registry.get(request.job)
+        settings = job.settings
+        return admin_pb2.GetJobResponse(
+            summary=_summary(job),
+            aggregation=job_pb2.Aggregation(
+                sync=job_pb2.SyncAggregation(
+                    world_size=settings.world_size,
+                    reduction=job_pb2.REDUCTION_MEAN if settings.reduction == "mean" else job_pb2.REDUCTION_SUM,
+                    timeout_s=settings.timeout_s,
+                    join_timeout_s=settings.join_timeout_s,
+                )
+            ),
+            apply=job_pb2.APPLY_MODE_STREAMING if settings.apply == "streaming" else job_pb2.APPLY_MODE_ATOMIC,
+            bucket_bytes=settings.bucket_bytes,
+            bucket_count=len(job.store.buckets),
+            workers=[
+                admin_pb2.WorkerStatus(
+                    worker=job_pb2.WorkerIdentity(
+                        worker_id=member.worker.worker_id,
+                        rank=member.worker.rank,
+                        incarnation=member.incarnation,
+                    ),
+                    pushes=job.record(member.worker.worker_id).pushes,
+                    bytes_received=member.bytes_received,
+                    bytes_sent=member.bytes_sent,
+                )
+                for member in job.members()
+            ],
+            param_groups=[
+                encode_group(index, update.RULE, group) for index, group in enumerate(job.groups[:_MAX_GROUPS_SHOWN])
+            ],
+        )
+
+    def DeleteJob(  # noqa: N802  # the schema's name
+        self, request: admin_pb2.DeleteJobRequest, _context: grpc.ServicerContext
+    ) -> admin_pb2.DeleteJobResponse:
+        """Drops a job."""
+        self._registry.delete(request.job, force=request.force)
+        return admin_pb2.DeleteJobResponse()
+
+
+def _summary(job: Job) -> admin_pb2.JobSummary:
+    return admin_pb2.JobSummary(
+        job=job.name,
+        step=job.step,
+        worker_count=len(job.members()),
+        parameter_count=len(job.store.parameters),
+        element_count=sum(parameter.numel for parameter in job.store.parameters),
+        value_bytes=job.store.value_bytes,
+        state_bytes=job.store.state_bytes,
+        device=str(job.store.device),
+        private=job.settings.private,
+    )

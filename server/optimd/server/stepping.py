@@ -1,0 +1,245 @@
+"""Carrying out a step: adding gradients up, choosing hyperparameters, applying, committing.
+
+The aggregator decides, the store computes; this stands between them. A `Stepper` belongs to one job and is only
+called with the job's lock held.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from optimd.server import update
+from optimd.server.accumulator import GradientAccumulator
+from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Worker
+from optimd.server.errors import UpdateRefusedError
+from optimd.server.membership import Member, disagree, speaker
+from optimd.server.store import Store
+from optimd.wire.layout import Bucket
+
+_log = logging.getLogger(__name__)
+
+_NAMED_IN_LOG = 10
+
+
+@dataclass(slots=True)
+class Round:
+    """One step of a job, from its first push to its commit. Guarded by the job's lock.
+
+    `applied` only grows, so that a stream may read it without the lock up to a length that it was told under it.
+    """
+
+    groups: list[dict[str, Any]]
+    """The step's hyperparameters: the job's, until its first completed bucket settles them."""
+    settled: bool = False
+    applied: list[tuple[int, list[bool]]] = field(default_factory=list)
+    """The buckets that have been applied, and which of their slices."""
+    commit: Commit | None = None
+    disagreed: bool = False
+    abandoned: bool = False
+    failure: Exception | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen in it."""
+        return self.commit is not None or self.abandoned or self.failure is not None
+
+
+class Stepper:
+    """Turns decisions into updates.
+
+    Args:
+        job: The job's name, for the log.
+        store: The job's tensors.
+        members: The job's live workers: the job's own dict, of which this sees every change.
+        mean: Whether contributions are averaged or summed.
+        streaming: Whether buckets are applied before the step is complete.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        store: Store,
+        members: Mapping[Worker, Member],
+        *,
+        mean: bool,
+        streaming: bool,
+    ) -> None:
+        self._job = job
+        self._store = store
+        self._members = members
+        self._mean = mean
+        self._streaming = streaming
+        self._round: Round | None = None
+        self._accumulators: dict[int, GradientAccumulator] = {}
+        # Complete buckets whose kernel needs whole parameters: applied with the step's last push.
+        self._deferred: set[int] = set()
+
+    def open_round(self, groups: Sequence[dict[str, Any]]) -> Round:
+        """The open step's round; a new one if no push has begun it yet.
+
+        Args:
+            groups: The job's param_groups.
+        """
+        if self._round is None:
+            self._round = Round([dict(group) for group in groups])
+        return self._round
+
+    def contribute(
+        self,
+        worker: Worker,
+        bucket: Bucket,
+        present: list[bool],
+        payload: torch.Tensor,
+        decisions: Sequence[Decision],
+    ) -> None:
+        """Takes one worker's gradients of a bucket and carries out what they led to.
+
+        Raises:
+            UpdateRefusedError: torch refuses the update.
+        """
+        sole = any(isinstance(decision, ApplyBucket) and decision.contributors == (worker,) for decision in decisions)
+        if sole and self._splits_freely(bucket, (worker,)):
+            # Nothing to add up: the update reads the gradient where it was received.
+            lengths = [piece.length for piece, here in zip(bucket.slices, present, strict=True) if here]
+            self._apply(bucket, (worker,), present, torch.split(payload, lengths))
+            return
+        self._accumulator(bucket).add(payload, present)
+        self.carry_out(decisions)
+
+    def carry_out(self, decisions: Sequence[Decision]) -> Round | None:
+        """Carries out decisions in their order.
+
+        Returns:
+            The round that they ended, if they ended one.
+
+        Raises:
+            UpdateRefusedError: torch refuses an update; the round has failed for all its workers.
+        """
+        round_ = self._round
+        if round_ is None or not decisions:
+            return None
+        try:
+            for decision in decisions:
+                match decision:
+                    case ApplyBucket(bucket_id=bucket_id, contributors=contributors):
+                        self._apply_accumulated(self._store.buckets[bucket_id], contributors)
+                    case Commit():
+                        self._commit(round_, decision)
+                    case Abandon(lost=lost):
+                        self._abandon(round_, lost)
+        except UpdateRefusedError as error:
+            round_.failure = error
+            self._forget()
+            raise
+        return round_ if round_.is_over else None
+
+    def _apply_accumulated(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> None:
+        accumulator = self._accumulator(bucket)
+        grads = accumulator.reduced(len(contributors) if self._mean else 1)
+        if self._splits_freely(bucket, contributors):
+            self._apply(bucket, contributors, accumulator.present, grads)
+            accumulator.clear()
+        else:
+            self._deferred.add(bucket.bucket_id)
+
+    def _apply(
+        self,
+        bucket: Bucket,
+        contributors: tuple[Worker, ...],
+        present: Sequence[bool],
+        grads: Sequence[torch.Tensor],
+    ) -> None:
+        round_ = self._settle(contributors)
+        try:
+            self._store.apply(bucket, present, grads, round_.groups[bucket.group])
+        except RuntimeError as error:
+            raise UpdateRefusedError(f"torch refused the update: {error}") from error
+        round_.applied.append((bucket.bucket_id, list(present)))
+
+    def _apply_deferred(self, round_: Round) -> None:
+        """Steps whole parameters with the gradients in the accumulators of their buckets."""
+        indices = {piece.parameter for bucket_id in self._deferred for piece in self._store.buckets[bucket_id].slices}
+        for index in sorted(indices):
+            places = [
+                (self._accumulator(self._store.buckets[bucket_id]), position)
+                for bucket_id, position in self._store.places(index)
+            ]
+            if any(accumulator.present[position] for accumulator, position in places):
+                grads = [accumulator.slice(position) for accumulator, position in places]
+                group = self._store.buckets[self._store.places(index)[0][0]].group
+                try:
+                    self._store.apply_whole(index, grads, round_.groups[group])
+                except RuntimeError as error:
+                    raise UpdateRefusedError(f"torch refused the update: {error}") from error
+        for bucket_id in sorted(self._deferred):
+            round_.applied.append((bucket_id, self._accumulators[bucket_id].present))
+            self._accumulators[bucket_id].clear()
+        self._deferred.clear()
+
+    def _commit(self, round_: Round, commit: Commit) -> None:
+        # A step without a single gradient has settled nothing yet.
+        self._settle(commit.contributors)
+        self._apply_deferred(round_)
+        round_.disagreed = disagree(self._members, commit.contributors)
+        if commit.partial_contributors and self._streaming:
+            self._settle_torn_parameters(commit)
+        round_.commit = commit
+        self._round = None
+
+    def _settle_torn_parameters(self, commit: Commit) -> None:
+        """Closes a streaming step as it stands after a worker was lost in the middle of its push."""
+        torn = self._store.settle_partial_steps()
+        if not torn:
+            return
+        names = [self._store.parameters[index].title(index) for index in torn[:_NAMED_IN_LOG]]
+        if len(torn) > _NAMED_IN_LOG:
+            names.append(f"{len(torn) - _NAMED_IN_LOG} more")
+        _log.warning(
+            "job %s: step %d was closed as it stood when rank %s was lost; partly stepped: %s",
+            self._job,
+            commit.step,
+            ", ".join(str(worker.rank) for worker in commit.partial_contributors),
+            ", ".join(names),
+        )
+
+    def _abandon(self, round_: Round, lost: tuple[Worker, ...]) -> None:
+        _log.warning(
+            "job %s: every worker of the open step was lost (rank %s); its gradients are discarded",
+            self._job,
+            ", ".join(str(worker.rank) for worker in lost),
+        )
+        round_.abandoned = True
+        self._forget()
+
+    def _forget(self) -> None:
+        for accumulator in self._accumulators.values():
+            accumulator.clear()
+        self._deferred.clear()
+        self._round = None
+
+    def _settle(self, contributors: tuple[Worker, ...]) -> Round:
+        """Settles the step's hyperparameters: those of the lowest rank in its first completed bucket."""
+        round_ = self._round
+        if round_ is None:
+            raise RuntimeError("no push has begun a step")
+        if not round_.settled:
+            round_.settled = True
+            voice = speaker(self._members, contributors)
+            if voice is not None:
+                round_.groups = [dict(group) for group in voice.groups]
+        return round_
+
+    def _splits_freely(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> bool:
+        options = self._settle(contributors).groups[bucket.group]
+        return update.is_split_invariant(options, bucket.dtype)
+
+    def _accumulator(self, bucket: Bucket) -> GradientAccumulator:
+        accumulator = self._accumulators.get(bucket.bucket_id)
+        if accumulator is None:
+            accumulator = GradientAccumulator(bucket, self._store.device)
+            self._accumulators[bucket.bucket_id] = accumulator
+        return accumulator

@@ -1,0 +1,281 @@
+"""The tensors of a job: values and optimizer state, on the server's device, seen through buckets.
+
+Shapes: every tensor here is 1-D (`flat`), with a parameter's elements in the job's memory order. A bucket's tensors
+are views of these, one for each slice, so that an update of a bucket works in place and neighbouring slices never
+share a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from optimd.server import update
+from optimd.wire.kinds import PARAMETER
+from optimd.wire.layout import Bucket, Parameter
+from optimd.wire.tensors import bytes_of
+
+
+@dataclass(slots=True)
+class ParameterState:
+    """The state of one parameter, less its step counters, which its slices keep."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _BucketViews:
+    """The slices of a bucket as views: one list for each tensor of a parameter, built when first needed."""
+
+    values: list[torch.Tensor]
+    steps: list[torch.Tensor]
+    state: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+
+class Store:
+    """Values and state of a job's parameters.
+
+    Not thread-safe: the job that owns it serialises changes, and reads against them.
+
+    Args:
+        device: Where the tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parameters: list[Parameter] = []
+        self.buckets: list[Bucket] = []
+        self._values: list[torch.Tensor] = []
+        self._state: list[ParameterState] = []
+        self._views: list[_BucketViews] = []
+        # For each parameter the places of its slices, in order of offset: (bucket id, position in the bucket).
+        self._places: list[list[tuple[int, int]]] = []
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes that the values take."""
+        return sum(parameter.nbytes for parameter in self.parameters)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the state tensors take now. A parameter gets its state with its first update."""
+        return sum(tensor.nbytes for entry in self._state for tensor in entry.tensors.values())
+
+    def add(self, parameters: Sequence[Parameter], buckets: Sequence[Bucket]) -> None:
+        """Takes memory for more parameters, whose indices and bucket ids go on from the last.
+
+        The values are undefined until `write_values` has been called for each of the buckets.
+        """
+        for parameter in parameters:
+            self.parameters.append(parameter)
+            self._values.append(torch.empty(parameter.numel, dtype=parameter.dtype, device=self.device))
+            self._state.append(ParameterState())
+            self._places.append([])
+        for bucket in buckets:
+            self.buckets.append(bucket)
+            self._views.append(
+                _BucketViews(
+                    values=[self._values[piece.parameter][piece.offset : piece.end] for piece in bucket.slices],
+                    steps=[torch.zeros((), dtype=torch.float32) for _ in bucket.slices],
+                )
+            )
+            for position, piece in enumerate(bucket.slices):
+                self._places[piece.parameter].append((bucket.bucket_id, position))
+
+    def write_values(self, bucket: Bucket, payload: torch.Tensor) -> None:
+        """Sets the values of a whole bucket.
+
+        Args:
+            bucket: One of the store's.
+            payload: Its elements, flat, on the CPU.
+        """
+        pieces = torch.split(payload, [piece.length for piece in bucket.slices])
+        for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
+            view.copy_(piece)
+
+    def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
+        """The bytes of a bucket's present slices of one kind of tensor.
+
+        On a CPU these are views of the store's memory: they show what the store holds when they are read.
+
+        Args:
+            kind: `PARAMETER` or a key of the state.
+            bucket: One of the store's.
+            present: For each slice whether it is wanted. A parameter of a wanted slice has the tensor.
+        """
+        parts = []
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if here and piece.length:
+                whole = (
+                    self._values[piece.parameter] if kind == PARAMETER else self._state[piece.parameter].tensors[kind]
+                )
+                part = whole[piece.offset : piece.end]
+                # A copy from another device owns its memory: nothing else would keep it while the bytes are read.
+                parts.append(bytes_of(part) if self.device.type == "cpu" else _owned_bytes(part.cpu()))
+        return parts
+
+    def apply(
+        self,
+        bucket: Bucket,
+        present: Sequence[bool],
+        grads: Sequence[torch.Tensor],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Updates the present slices of a bucket with one fused call.
+
+        Args:
+            bucket: One of the store's.
+            present: For each slice whether it has a gradient.
+            grads: The gradients of the present slices, flat, on any device.
+            options: The options of the bucket's group.
+
+        Raises:
+            RuntimeError: torch refuses the options.
+        """
+        views = self._views[bucket.bucket_id]
+        names = update.state_names(options)
+        for name in names:
+            self._ensure_state(bucket, views, name, present)
+        self._place_steps(views, options, bucket.dtype)
+        chosen = [position for position, here in enumerate(present) if here]
+        update.update(
+            [views.values[position] for position in chosen],
+            [grad.to(self.device) for grad in grads],
+            {name: [views.state[name][position] for position in chosen] for name in names},
+            [views.steps[position] for position in chosen],
+            options,
+        )
+
+    def apply_whole(self, index: int, grads: Sequence[torch.Tensor], options: Mapping[str, Any]) -> None:
+        """Updates one parameter in one piece, for kernels whose bits depend on the split.
+
+        Args:
+            index: The parameter's index.
+            grads: The gradients of its slices in order of offset.
+            options: The options of its group.
+
+        Raises:
+            RuntimeError: torch refuses the options.
+        """
+        dtype = self.parameters[index].dtype
+        entry = self._state[index]
+        for name in update.state_names(options):
+            if name not in entry.tensors:
+                entry.tensors[name] = torch.zeros_like(self._values[index])
+        bucket_id, position = self._places[index][0]
+        step = update.new_step(options, dtype, self.device)
+        step.copy_(self._views[bucket_id].steps[position])
+        update.update(
+            [self._values[index]],
+            [torch.cat(list(grads)).to(self.device)],
+            {name: [tensor] for name, tensor in entry.tensors.items()},
+            [step],
+            options,
+        )
+        self.set_step(index, float(step))
+
+    def places(self, index: int) -> Sequence[tuple[int, int]]:
+        """Where the slices of a parameter are, in order of offset: (bucket id, position in the bucket)."""
+        return self._places[index]
+
+    def steps_of(self, index: int) -> list[float]:
+        """The step counters of a parameter's slices, in order of offset."""
+        return [float(self._views[bucket].steps[place]) for bucket, place in self._places[index]]
+
+    def step_of(self, index: int) -> float:
+        """The step counter of a parameter: that of its slices, which stand at one step between two job steps."""
+        bucket_id, position = self._places[index][0]
+        return float(self._views[bucket_id].steps[position])
+
+    def set_step(self, index: int, step: float) -> None:
+        """Sets the step counters of a parameter's slices."""
+        for bucket_id, position in self._places[index]:
+            self._views[bucket_id].steps[position].fill_(step)
+
+    def state_names_of(self, index: int) -> tuple[str, ...]:
+        """The state tensors that a parameter has: none before its first update."""
+        return tuple(self._state[index].tensors)
+
+    def settle_partial_steps(self) -> list[int]:
+        """Brings the slices of every parameter to one step, the highest of them.
+
+        Returns:
+            The indices of the parameters of which some slices were updated and others were not.
+        """
+        partial = []
+        for index in range(len(self.parameters)):
+            steps = self.steps_of(index)
+            if min(steps) != max(steps):
+                partial.append(index)
+                self.set_step(index, max(steps))
+        return partial
+
+    def stage(self, entries: Iterable[tuple[int, float, Sequence[str]]]) -> StagedState:
+        """Takes memory for a state that is to replace the whole of this one.
+
+        Args:
+            entries: For each parameter that will have a state its index, its step and the names of its tensors.
+        """
+        staged = StagedState(self)
+        for index, step, names in entries:
+            value = self._values[index]
+            staged.steps[index] = step
+            staged.tensors[index] = {name: torch.zeros_like(value) for name in names}
+        return staged
+
+    def replace_state(self, staged: StagedState) -> None:
+        """Puts a staged state in the place of the present one. Parameters it does not name lose theirs."""
+        for index in range(len(self.parameters)):
+            self._state[index] = ParameterState(staged.tensors.get(index, {}))
+            self.set_step(index, staged.steps.get(index, 0.0))
+        for views in self._views:
+            views.state.clear()
+
+    def _ensure_state(self, bucket: Bucket, views: _BucketViews, name: str, present: Sequence[bool]) -> None:
+        """Makes `views.state[name]` complete for the present slices, with zeros where a parameter is new to it."""
+        known = views.state.get(name)
+        # Views of parameters that have never had a gradient are empty placeholders, replaced when they get one.
+        if known is None:
+            known = [torch.empty(0, dtype=bucket.dtype) for _ in bucket.slices]
+            views.state[name] = known
+        for position, (piece, here) in enumerate(zip(bucket.slices, present, strict=True)):
+            if not here or (known[position].numel() == piece.length and piece.length):
+                continue
+            tensors = self._state[piece.parameter].tensors
+            if name not in tensors:
+                tensors[name] = torch.zeros_like(self._values[piece.parameter])
+            known[position] = tensors[name][piece.offset : piece.end]
+
+    def _place_steps(self, views: _BucketViews, options: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Moves the step counters where the kernel reads them; they stay unless the options changed."""
+        if self.device.type == "cpu":
+            return
+        wanted = update.new_step(options, dtype, self.device).device
+        if views.steps[0].device != wanted:
+            views.steps = [step.to(wanted) for step in views.steps]
+
+
+class StagedState:
+    """A state on its way in: it replaces the store's when it is complete, or never."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.steps: dict[int, float] = {}
+        self.tensors: dict[int, dict[str, torch.Tensor]] = {}
+
+    def expects(self, kind: str, bucket: Bucket) -> list[bool]:
+        """For each slice of `bucket` whether its parameter has a tensor `kind` in this state."""
+        return [kind in self.tensors.get(piece.parameter, {}) for piece in bucket.slices]
+
+    def write(self, kind: str, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor) -> None:
+        """Sets one kind of tensor of a bucket's present slices from their elements, flat, on the CPU."""
+        pieces = [piece for piece, here in zip(bucket.slices, present, strict=True) if here]
+        parts = torch.split(payload, [piece.length for piece in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
+            self.tensors[piece.parameter][kind][piece.offset : piece.end].copy_(part)
+
+
+def _owned_bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(bytes(bytes_of(tensor)))
