@@ -7,6 +7,7 @@ started through this module.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -56,7 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"optimd: {error}", file=sys.stderr)
         return 2
+    finally:
+        if lifeline_path is not None:
+            _remove_meeting_place(lifeline_path)
     return 0
+
+
+def _remove_meeting_place(lifeline_path: Path) -> None:
+    """Removes the pipe and its folder, which were made for this server: whoever made them may have been killed."""
+    lifeline_path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        lifeline_path.parent.rmdir()
 
 
 def _tell_ready(ready_fd: int | None) -> None:

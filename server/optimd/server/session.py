@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 from optimd.server import update
-from optimd.server.errors import InvalidFieldError, OutOfOrderError
+from optimd.server.errors import InvalidFieldError, JobMismatchError, LoadNeedsForceError, OutOfOrderError
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.membership import Member
@@ -14,12 +15,13 @@ from optimd.server.opening import read_layout, read_opening
 from optimd.server.registry import JobRegistry
 from optimd.server.stepping import Round
 from optimd.server.store import StagedState
-from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
+from optimd.v1 import errors_pb2, job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind, encode_kind
-from optimd.wire.layout import Bucket, encode_bucket, pack_present
+from optimd.wire.layout import Bucket, encode_bucket, encode_parameter, pack_present
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import decode_group, encode_group
+from optimd.wire.reasons import encode_reason
 
 _log = logging.getLogger(__name__)
 
@@ -155,14 +157,8 @@ class TrainSession:
             self._receive_values(job, buckets)
             job.grown(member)
         else:
-            groups = job.adopt_groups(member, first_group)
-            messages = (encode_group(first_group + i, update.RULE, group) for i, group in enumerate(groups))
-            for group_page, last in paginate(messages):
-                yield encode(
-                    training_pb2.TrainResponse(
-                        param_groups=param_group_pb2.ParamGroupsPage(groups=group_page, last=last)
-                    )
-                )
+            for layout in _layout_pages(job, job.adopt_groups(member, first_group), first_group):
+                yield encode(training_pb2.TrainResponse(layout=layout))
             for bucket in buckets:
                 yield _values(job, bucket, [True] * len(bucket.slices))
         record = job.record(member.worker.worker_id)
@@ -233,16 +229,23 @@ class TrainSession:
     # --- a state_dict
 
     def _load_state(self, job: Job, member: Member, message: training_pb2.LoadState) -> Iterator[bytes]:
-        needed = job.begin_load(member, digest=message.digest, load_count=message.load_count, force=message.force)
-        yield encode(training_pb2.TrainResponse(load_state_accepted=training_pb2.LoadStateAccepted(send_state=needed)))
+        try:
+            needed = job.begin_load(member, digest=message.digest, load_count=message.load_count, force=message.force)
+        except (JobMismatchError, LoadNeedsForceError) as error:
+            refusal = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
+            answer = training_pb2.LoadStateAnswer(refusal=refusal)
+            yield encode(training_pb2.TrainResponse(load_state_answer=answer))
+            return
+        answer = training_pb2.LoadStateAnswer(send_state=needed)
+        yield encode(training_pb2.TrainResponse(load_state_answer=answer))
         load_count = message.load_count
         if needed:
             groups, staged = self._receive_state(job)
             load_count = job.finish_load(member, staged, groups, digest=message.digest, load_count=message.load_count)
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
-    def _receive_state(self, job: Job) -> tuple[list[dict[str, object]], StagedState]:
-        groups: list[dict[str, object]] = []
+    def _receive_state(self, job: Job) -> tuple[list[dict[str, Any]], StagedState]:
+        groups: list[dict[str, Any]] = []
         entries = []
         for page in self._incoming.state_dict_pages():
             groups += [_decode_group(group) for group in page.param_groups]
@@ -283,6 +286,18 @@ class TrainSession:
         return groups, staged
 
 
+def _layout_pages(job: Job, groups: Sequence[dict[str, Any]], first_group: int) -> Iterator[job_pb2.LayoutPage]:
+    messages = (
+        encode_group(index, update.RULE, group, parameter_count=job.group_sizes[index])
+        for index, group in enumerate(groups, first_group)
+    )
+    for group_page, _ in paginate(messages):
+        yield job_pb2.LayoutPage(groups=group_page)
+    specs = (encode_parameter(parameter) for _, parameter in job.group_parameters(first_group))
+    for spec_page, last in paginate(specs):
+        yield job_pb2.LayoutPage(parameters=spec_page, last=last)
+
+
 def _values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
     header = tensor_pb2.TensorBucket(
         bucket_id=bucket.bucket_id, kind=encode_kind(PARAMETER), present=pack_present(present)
@@ -308,7 +323,7 @@ def _receipt(sequence: int, round_: Round) -> bytes:
     )
 
 
-def _decode_group(group: param_group_pb2.ParamGroup) -> dict[str, object]:
+def _decode_group(group: param_group_pb2.ParamGroup) -> dict[str, Any]:
     try:
         return decode_group(group)
     except ValueError as error:

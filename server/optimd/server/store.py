@@ -112,8 +112,7 @@ class Store:
                     self._values[piece.parameter] if kind == PARAMETER else self._state[piece.parameter].tensors[kind]
                 )
                 part = whole[piece.offset : piece.end]
-                # A copy from another device owns its memory: nothing else would keep it while the bytes are read.
-                parts.append(bytes_of(part) if self.device.type == "cpu" else _owned_bytes(part.cpu()))
+                parts.append(bytes_of(part.cpu()))
         return parts
 
     def apply(
@@ -275,7 +274,3 @@ class StagedState:
         parts = torch.split(payload, [piece.length for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             self.tensors[piece.parameter][kind][piece.offset : piece.end].copy_(part)
-
-
-def _owned_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(bytes(bytes_of(tensor)))

@@ -85,7 +85,8 @@ class OptimizerServiceServicer(object):
         Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
         LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
         answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-        LayoutAccepted ... JobReady), LoadState (answered by StateLoaded), Leave (answered by the end of the stream). In
+        LayoutAccepted ... JobReady), LoadState (answered by LoadStateAnswer,
+        then StateLoaded), Leave (answered by the end of the stream). In
         a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
         Idempotency and retries. The stream is not idempotent and MUST NOT be resent blindly: a push whose StepReceipt
@@ -102,7 +103,6 @@ class OptimizerServiceServicer(object):
         malformed layout. (UPDATE_REFUSED): torch refused the update.
         - FAILED_PRECONDITION (JOB_MISMATCH): parameters, groups, settings or loads are not the job's; the message names
         the first that differs. (OUT_OF_ORDER): a message out of order, a wrong sequence number.
-        (LOAD_NEEDS_FORCE): a load over other workers' progress.
         - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
         - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many workers, jobs or bytes. Answered at once, never by waiting.
         - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.

@@ -1,3 +1,4 @@
+from optimd.v1 import errors_pb2 as _errors_pb2
 from optimd.v1 import job_pb2 as _job_pb2
 from optimd.v1 import param_group_pb2 as _param_group_pb2
 from optimd.v1 import state_dict_pb2 as _state_dict_pb2
@@ -70,11 +71,13 @@ class LoadState(_message.Message):
     force: bool
     def __init__(self, digest: _Optional[bytes] = ..., load_count: _Optional[int] = ..., force: bool = ...) -> None: ...
 
-class LoadStateAccepted(_message.Message):
-    __slots__ = ("send_state",)
+class LoadStateAnswer(_message.Message):
+    __slots__ = ("send_state", "refusal")
     SEND_STATE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     send_state: bool
-    def __init__(self, send_state: bool = ...) -> None: ...
+    refusal: _errors_pb2.ErrorDetail
+    def __init__(self, send_state: bool = ..., refusal: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class LoadStateEnd(_message.Message):
     __slots__ = ("bucket_count",)
@@ -121,23 +124,23 @@ class TrainRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("layout_accepted", "bucket_table", "param_groups", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "payload")
+    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_answer", "state_loaded", "payload")
     LAYOUT_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
-    PARAM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
-    LOAD_STATE_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_ANSWER_FIELD_NUMBER: _ClassVar[int]
     STATE_LOADED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     layout_accepted: _job_pb2.LayoutAccepted
     bucket_table: _tensor_pb2.BucketTablePage
-    param_groups: _param_group_pb2.ParamGroupsPage
+    layout: _job_pb2.LayoutPage
     bucket: _tensor_pb2.TensorBucket
     ready: _job_pb2.JobReady
     receipt: StepReceipt
-    load_state_accepted: LoadStateAccepted
+    load_state_answer: LoadStateAnswer
     state_loaded: StateLoaded
     payload: bytes
-    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_answer: _Optional[_Union[LoadStateAnswer, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...

@@ -19,13 +19,11 @@ with warnings.catch_warnings():
 
 
 def bytes_of(flat: torch.Tensor) -> memoryview:
-    """The bytes of a flat CPU tensor, without a copy.
-
-    The view does not keep the tensor alive: the caller does, as long as it uses the view.
-    """
+    """The bytes of a flat CPU tensor, without a copy. The view keeps the tensor alive."""
     if flat.device.type != "cpu" or not flat.is_contiguous():
         raise ValueError("only the bytes of a contiguous CPU tensor can be viewed")
     array = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
+    array.owner = flat  # type: ignore[attr-defined]  # what the views of the array hold on to
     return memoryview(array).cast("B")
 
 

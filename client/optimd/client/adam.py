@@ -1,0 +1,135 @@
+"""`Adam` and `AdamW`: torch's, with the state and the update on a server."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from optimd.client.exceptions import ConfigurationError
+from optimd.client.options import ProxyOptions
+from optimd.client.proxy import OptimizerProxy
+from torch.optim.optimizer import ParamsT
+
+
+class _AdamRule(OptimizerProxy):
+    """What Adam and AdamW have in common."""
+
+    _rule: ClassVar[str] = "adam"
+    _state_tensors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def _connect(self, server: str | None, job: str | None, options: ProxyOptions | None) -> None:
+        if any(group["differentiable"] for group in self.param_groups):
+            raise ConfigurationError(
+                "differentiable=True needs the optimizer state in the worker's autograd graph; use torch's own class"
+            )
+        # torch's GradScaler hands a scale to an optimizer that says it takes one. This one wants unscaled gradients.
+        self._step_supports_amp_scaling = False
+        super()._connect(server, job, options)
+
+
+class Adam(_AdamRule, torch.optim.Adam):
+    """`torch.optim.Adam`, with the optimizer state and the update on a server.
+
+    The first worker of a job creates it and uploads its parameters; later ones receive the job's parameters and
+    hyperparameters in place. Blocks until the job is open.
+
+    Args:
+        params: As torch's: parameters, named parameters, or param groups. Dense; float64, float32, bfloat16, float16,
+            complex64 or complex128.
+        lr: Learning rate. betas: Decay rates of the two moments. eps: Added to the denominator. weight_decay: L2
+        penalty. amsgrad: Whether to use AMSGrad. foreach: torch's multi-tensor kernel on the server. maximize:
+        Whether to maximize. capturable: As torch's; needs a server with a CUDA device. differentiable: Refused.
+        fused: torch's fused kernel on the server. With `foreach` and `fused` None it is taken wherever torch has it.
+        decoupled_weight_decay: Whether weight decay is AdamW's. server: "host:port" or "unix:///path". None:
+        `$OPTIMD_SERVER`, else a server that this process starts for itself. job: The name that the workers of one
+        training job share. None: `$OPTIMD_JOB`, else torchrun's run id, else a job
+            of this process's own, which ends with it.
+        options: Everything else.
+
+    Raises:
+        ValueError: what torch's constructor raises; parameters that share memory or that a server cannot hold.
+        ServerUnavailableError: no server answered within `options.retry_timeout_s`.
+        JobMismatchError: the job has other parameters; the first that differs is named.
+        OptimdError: the job cannot be opened.
+
+    The algorithm is that of `torch.optim.Adam` (https://arxiv.org/abs/1412.6980), computed by torch itself.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        server: str | None = None,
+        job: str | None = None,
+        options: ProxyOptions | None = None,
+    ) -> None:
+        torch.optim.Adam.__init__(
+            self,
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._connect(server, job, options)
+
+
+class AdamW(_AdamRule, torch.optim.AdamW):
+    """`torch.optim.AdamW`, with the optimizer state and the update on a server.
+
+    The arguments are those of `torch.optim.AdamW`, and `server`, `job` and `options` as in `Adam`, with whose errors.
+
+    The algorithm is that of `torch.optim.AdamW` (https://arxiv.org/abs/1711.05101), computed by torch itself.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        server: str | None = None,
+        job: str | None = None,
+        options: ProxyOptions | None = None,
+    ) -> None:
+        torch.optim.AdamW.__init__(
+            self,
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._connect(server, job, options)

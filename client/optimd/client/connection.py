@@ -1,0 +1,228 @@
+"""The line to a server: a channel, the training stream, and reads."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import grpc
+from optimd.client import forks
+from optimd.client.exceptions import (
+    ConnectionLostError,
+    ForkedProcessError,
+    OptimizerClosedError,
+    ProtocolError,
+    ServerUnavailableError,
+)
+from optimd.client.translation import translate
+from optimd.v1 import reading_pb2, training_pb2
+from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+from optimd.wire.codec import Frame, MalformedMessageError, decode
+from optimd.wire.methods import READ_STATE, TRAIN
+
+_CHANNEL_OPTIONS: Final = (
+    # A server whose machine is gone is noticed within a minute, and so is one that is stopped.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_frame_size", 4 * 1024 * 1024),
+    ("grpc.http2.lookahead_bytes", 8 * 1024 * 1024),
+    # One connection for each optimizer: two of them do not wait for each other's flow control.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+LEAVE_TIMEOUT_S: Final = 5.0
+"""How long `close()` waits for the server to see the worker off, in seconds."""
+
+
+class TrainStream:
+    """A training stream: opened once and kept.
+
+    gRPC drains `send`'s iterators in a thread of its own, message by message, as flow control lets it; `receive`
+    reads in the calling thread. So both directions of the line are used at once, and at most two messages are held.
+    Belongs to one thread, but for `cancel`.
+    """
+
+    def __init__(self, channel: grpc.Channel, address: str) -> None:
+        self._address = address
+        # Bounded by its use: one iterator is sent at a time, and the next only when it is answered.
+        self._outbox: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
+        self._counter = _Counter()
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
+        self._call = method(_drain(self._outbox, self._counter))
+        self.bytes_received = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of the messages sent so far."""
+        return self._counter.nbytes
+
+    def send(self, messages: Iterable[bytes]) -> None:
+        """Sends serialised messages, in order, while the caller goes on. What they read must not change meanwhile."""
+        self._outbox.put(messages)
+
+    def receive(self) -> tuple[str, training_pb2.TrainResponse, Frame]:
+        """The next message and the name of its kind. Blocks.
+
+        Raises:
+            OptimdError: the stream has ended; with what the server said.
+        """
+        try:
+            data = next(self._call)
+        except StopIteration:
+            raise ConnectionLostError(f"the server at {self._address} ended the stream") from None
+        except grpc.RpcError as error:
+            if self._counter.failure is not None:
+                raise self._counter.failure from None
+            raise translate(error, self._address) from error
+        self.bytes_received += len(data)
+        try:
+            message, frame = decode(training_pb2.TrainResponse, data)
+        except MalformedMessageError as error:
+            raise ProtocolError(f"the server at {self._address} sent what cannot be read: {error}") from error
+        return message.WhichOneof("message") or "", message, frame
+
+    def expect(self, *kinds: str) -> tuple[str, training_pb2.TrainResponse, Frame]:
+        """The next message, which must be of one of `kinds`. Blocks.
+
+        Raises:
+            ProtocolError: it is not.
+            OptimdError: the stream has ended.
+        """
+        received = self.receive()
+        if received[0] not in kinds:
+            raise ProtocolError(
+                f"the server at {self._address} sent {received[0]!r} where {' or '.join(kinds)} was due"
+            )
+        return received
+
+    def finish(self) -> None:
+        """Closes the worker's side and waits, up to `LEAVE_TIMEOUT_S`, until the server has closed its own."""
+        self._outbox.put(None)
+        waited = queue.SimpleQueue[None]()
+        if self._call.add_callback(lambda: waited.put(None)):
+            try:
+                waited.get(timeout=LEAVE_TIMEOUT_S)
+            except queue.Empty:
+                self._call.cancel()
+
+    def cancel(self) -> None:
+        """Ends the stream at once, without a word. May be called from any thread, and more than once."""
+        self._outbox.put(None)
+        self._call.cancel()
+
+
+class _Counter:
+    """What the sending thread tells the receiving one."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.failure: BaseException | None = None
+
+
+def _drain(outbox: queue.SimpleQueue[Iterable[bytes] | None], counter: _Counter) -> Iterator[bytes]:
+    """What gRPC's sending thread iterates. Knows no stream, so that a dropped one is not kept alive by its thread."""
+    while (messages := outbox.get()) is not None:
+        try:
+            for message in messages:
+                counter.nbytes += len(message)
+                yield message
+        except Exception as error:
+            # gRPC would report a cancelled call: keep what really happened.
+            counter.failure = error
+            raise
+        # Between two pushes nothing may hold the last one's gradients.
+        del messages
+
+
+class Connection:
+    """A channel to one server.
+
+    Args:
+        address: "host:port" or "unix:///path".
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel: grpc.Channel | None = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stream: TrainStream | None = None
+        self._pid = os.getpid()
+        forks.watch(self)
+
+    def forked(self) -> object:
+        """In a child: leaves the parent's channel and stream alone for good."""
+        kept = (self._channel, self._stream)
+        self._channel = self._stream = None
+        return kept
+
+    def check(self) -> grpc.Channel:
+        """The channel, if it can be used here.
+
+        Raises:
+            ForkedProcessError: this process is a child of the one that opened it.
+            OptimizerClosedError: it is closed.
+        """
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"this optimizer belongs to process {self._pid}; a forked child cannot use it. Create one in the "
+                "child, or start the child with the spawn method"
+            )
+        if self._channel is None:
+            raise OptimizerClosedError("this optimizer is closed")
+        return self._channel
+
+    def probe(self, timeout_s: float) -> reading_pb2.GetCapabilitiesResponse:
+        """What the server is. Waits for one to answer.
+
+        Raises:
+            ServerUnavailableError: none did within `timeout_s` seconds.
+            OptimdError: what answered is not an optimd server.
+        """
+        stub = OptimizerServiceStub(self.check())
+        try:
+            return stub.GetCapabilities(reading_pb2.GetCapabilitiesRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise ServerUnavailableError(
+                    f"no optimd server answered at {self.address} within {timeout_s:g} s. Is it running (optimd "
+                    "serve), and is the address right? ProxyOptions(retry_timeout_s=...) sets how long to try"
+                ) from error
+            raise translate(error, self.address) from error
+
+    def open_stream(self) -> TrainStream:
+        """Opens the training stream. Does not wait."""
+        self._stream = TrainStream(self.check(), self.address)
+        return self._stream
+
+    def read_state(
+        self, request: reading_pb2.ReadStateRequest
+    ) -> Iterator[tuple[reading_pb2.ReadStateResponse, Frame]]:
+        """The parts of a `ReadState` answer, as they come. Blocks.
+
+        Raises:
+            OptimdError: the call has failed; with what the server said.
+        """
+        method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self.check().unary_stream(READ_STATE)
+        call = method(request.SerializeToString())
+        try:
+            for data in call:
+                yield decode(reading_pb2.ReadStateResponse, data)
+        except grpc.RpcError as error:
+            raise translate(error, self.address) from error
+        except MalformedMessageError as error:
+            raise ProtocolError(f"the server at {self.address} sent what cannot be read: {error}") from error
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Ends the stream and the channel at once. May be called from any thread, and more than once."""
+        stream, channel = self._stream, self._channel
+        self._stream = self._channel = None
+        if os.getpid() != self._pid:
+            return
+        if stream is not None:
+            stream.cancel()
+        if channel is not None:
+            channel.close()

@@ -1,0 +1,100 @@
+"""What can go wrong for a worker.
+
+OptimdError
+├── ConfigurationError        (ValueError)       the settings contradict each other or the environment
+├── ServerUnavailableError    (ConnectionError)  no server answers at the address
+│   ├── EmbeddedServerError                      the server of this process did not start
+│   └── ConnectionLostError                      the line broke while a job was open
+├── JobMismatchError          (ValueError)       parameters, groups, settings or loads are not the job's
+├── JobExistsError                               on_existing="fail", and the job exists
+├── JobDeletedError                              the job was deleted under the worker
+├── UnknownJobError           (LookupError)      no job of that name
+├── WorkerInUseError                             a live worker has that worker_id or rank
+├── LimitExceededError                           a limit of the server
+├── StepTimeoutError          (TimeoutError)     other workers did not come in time
+├── LoadNeedsForceError                          load_state_dict over other workers' progress
+├── UpdateRefusedError        (RuntimeError)     torch refused the update on the server
+├── UnsupportedError                             the server does not do what was asked for
+├── ProtocolError                                the two sides do not understand each other
+├── InternalServerError                          a defect of the server; has an incident id
+├── OptimizerClosedError      (RuntimeError)     used after close()
+└── ForkedProcessError        (RuntimeError)     used in a child of the process that opened it
+"""
+
+from __future__ import annotations
+
+
+class OptimdError(Exception):
+    """The root of all errors that optimd raises in a worker, but for torch's own."""
+
+
+class ConfigurationError(OptimdError, ValueError):
+    """The settings contradict each other or the environment."""
+
+
+class ServerUnavailableError(OptimdError, ConnectionError):
+    """No server answers at the address."""
+
+
+class EmbeddedServerError(ServerUnavailableError):
+    """The server of this process did not start."""
+
+
+class ConnectionLostError(ServerUnavailableError):
+    """The line to the server broke while a job was open, or an interrupted step left it unusable."""
+
+
+class JobMismatchError(OptimdError, ValueError):
+    """The worker's parameters, groups, settings or loads are not the job's."""
+
+
+class JobExistsError(OptimdError):
+    """The job exists, and the worker asked for a new one."""
+
+
+class JobDeletedError(OptimdError):
+    """The job was deleted while the worker was in it."""
+
+
+class UnknownJobError(OptimdError, LookupError):
+    """The server has no job of that name."""
+
+
+class WorkerInUseError(OptimdError):
+    """A live worker of the job has that worker_id or that rank."""
+
+
+class LimitExceededError(OptimdError):
+    """One of the server's limits is reached. The message names its flag."""
+
+
+class StepTimeoutError(OptimdError, TimeoutError):
+    """Other workers did not join or contribute in time. The message names those that are missing."""
+
+
+class LoadNeedsForceError(OptimdError):
+    """`load_state_dict` would replace the state of a job with steps and other workers."""
+
+
+class UpdateRefusedError(OptimdError, RuntimeError):
+    """torch refused the update with the param_groups as they are."""
+
+
+class UnsupportedError(OptimdError):
+    """The server does not do what was asked for."""
+
+
+class ProtocolError(OptimdError):
+    """The two sides do not understand each other: their versions differ, or one of them has a defect."""
+
+
+class InternalServerError(OptimdError):
+    """A defect of the server. Its log has a traceback under the incident id in the message."""
+
+
+class OptimizerClosedError(OptimdError, RuntimeError):
+    """The optimizer was used after `close()`."""
+
+
+class ForkedProcessError(OptimdError, RuntimeError):
+    """The optimizer was used in a child of the process that opened it."""

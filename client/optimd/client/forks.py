@@ -1,0 +1,36 @@
+"""What a fork does to a process that has a job open.
+
+gRPC's threads do not survive a fork, its sockets do. A child must neither use the parent's streams nor shut them down
+while
+it cleans up after itself. So in a child every connection is marked as foreign, and its gRPC objects are kept for ever:
+what is never destroyed sends nothing on a socket that the parent still uses.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Protocol
+
+
+class ForkAware(Protocol):
+    """Something that a child process must not touch."""
+
+    def forked(self) -> object:
+        """Called in the child. Returns what must never be destroyed there."""
+
+
+_aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+_kept: list[object] = []
+
+
+def watch(thing: ForkAware) -> None:
+    """Has `thing.forked()` called in every child that is forked while it lives."""
+    _aware.add(thing)
+
+
+def _after_in_child() -> None:
+    _kept.extend((thing, thing.forked()) for thing in list(_aware))
+
+
+os.register_at_fork(after_in_child=_after_in_child)

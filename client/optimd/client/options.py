@@ -1,0 +1,96 @@
+"""How an optimizer is connected: what torch's constructors have no argument for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from optimd.client.exceptions import ConfigurationError
+from optimd.wire.limits import MAX_BUCKET_BYTES, MIN_BUCKET_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sync:
+    """Synchronous training: a step is one contribution of every live worker.
+
+    All workers of a job give the same.
+
+    Raises:
+        ConfigurationError: a number is out of range or a word unknown.
+    """
+
+    world_size: int | None = None
+    """How many workers the first step waits for. None: `ProxyOptions.world_size`."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+    """How the workers' gradients become one."""
+
+    timeout_s: float = 300.0
+    """How long a worker waits in `step()` for the others, in seconds."""
+
+    join_timeout_s: float = 300.0
+    """How long a worker waits for the others to join before the first step, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.world_size is not None and self.world_size < 1:
+            raise ConfigurationError(f"Sync(world_size={self.world_size}): at least 1 is needed")
+        if self.reduction not in ("mean", "sum"):
+            raise ConfigurationError(f'Sync(reduction={self.reduction!r}): "mean" or "sum" is needed')
+        for name in ("timeout_s", "join_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"Sync({name}={getattr(self, name)}): a positive number of seconds is needed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyOptions:
+    """How an optimizer is connected to its server and its job.
+
+    Raises:
+        ConfigurationError: a number is out of range or a word unknown.
+    """
+
+    aggregation: Sync = Sync()
+    """How the pushes of several workers become steps."""
+
+    rank: int | None = None
+    """This worker's rank, from 0. None: torchrun's `RANK`, else 0."""
+
+    world_size: int | None = None
+    """How many workers train. None: torchrun's `WORLD_SIZE`, else 1."""
+
+    worker_id: str | None = None
+    """This worker's name in the job, the same when it is restarted. None: host name and local rank."""
+
+    on_existing: Literal["resume", "fail", "replace"] = "resume"
+    """What to do where the job exists: go on from where it stands, raise `JobExistsError`, or start it anew if
+    nobody is in it. A job that is just being formed by its workers is joined in every case."""
+
+    apply: Literal["auto", "streaming", "atomic"] = "auto"
+    """When the server applies a push: each bucket as it arrives, or all of them when every worker has pushed. Auto:
+    streaming with one worker, atomic with several."""
+
+    bucket_bytes: int | None = None
+    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
+
+    retry_timeout_s: float = 60.0
+    """How long to try to reach the server, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 0:
+            raise ConfigurationError(f"ProxyOptions(rank={self.rank}): ranks count from 0")
+        if self.world_size is not None and self.world_size < 1:
+            raise ConfigurationError(f"ProxyOptions(world_size={self.world_size}): at least 1 is needed")
+        if self.on_existing not in ("resume", "fail", "replace"):
+            raise ConfigurationError(
+                f'ProxyOptions(on_existing={self.on_existing!r}): "resume", "fail" or "replace" is needed'
+            )
+        if self.apply not in ("auto", "streaming", "atomic"):
+            raise ConfigurationError(f'ProxyOptions(apply={self.apply!r}): "auto", "streaming" or "atomic" is needed')
+        if self.bucket_bytes is not None and not MIN_BUCKET_BYTES <= self.bucket_bytes <= MAX_BUCKET_BYTES:
+            raise ConfigurationError(
+                f"ProxyOptions(bucket_bytes={self.bucket_bytes}): {MIN_BUCKET_BYTES} to {MAX_BUCKET_BYTES} is needed"
+            )
+        if not self.retry_timeout_s > 0:
+            raise ConfigurationError(
+                f"ProxyOptions(retry_timeout_s={self.retry_timeout_s}): a positive number of seconds is needed"
+            )

@@ -1,0 +1,150 @@
+"""A worker's own tensors, seen as the wire sees them: flat, in the job's memory order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from optimd.wire.dtypes import encode_dtype
+from optimd.wire.layout import Bucket, Parameter
+from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over
+
+
+def describe(tensor: torch.Tensor, name: str) -> Parameter:
+    """What the server needs to know of a parameter.
+
+    Raises:
+        ValueError: its dtype is not carried, or it has no data (the meta device).
+    """
+    encode_dtype(tensor.dtype)
+    if tensor.is_meta:
+        raise ValueError("it is on the meta device and has no values")
+    return Parameter(name, tensor.dtype, tuple(tensor.shape), memory_order(tensor))
+
+
+class FlatReader:
+    """Reads slices of tensors as bytes. Consecutive slices of one tensor flatten it once.
+
+    Args:
+        tensors: By parameter index; those that are read are not None.
+        parameters: The job's, by index.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor | None] | Mapping[int, torch.Tensor],
+        parameters: Sequence[Parameter],
+    ) -> None:
+        self._tensors = tensors
+        self._parameters = parameters
+        self._index = -1
+        self._bytes = memoryview(b"")
+
+    def parts(self, bucket: Bucket, present: Sequence[bool]) -> Iterator[memoryview]:
+        """The bytes of the bucket's present slices: views of the tensors where these are dense, else of copies."""
+        itemsize = bucket.dtype.itemsize
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if here and piece.length:
+                yield self._whole(piece.parameter)[piece.offset * itemsize : piece.end * itemsize]
+
+    def _whole(self, index: int) -> memoryview:
+        if index != self._index:
+            tensor = self._tensors[index]
+            if tensor is None:
+                raise RuntimeError(f"parameter {index} has nothing to be read")
+            plain = tensor.detach().resolve_conj().resolve_neg()
+            flat = flatten(plain, self._parameters[index].memory_order).cpu().contiguous()
+            self._index, self._bytes = index, bytes_of(flat)
+        return self._bytes
+
+
+class FlatWriter:
+    """Writes slices into tensors from received bytes, in place.
+
+    Args:
+        tensors: By parameter index.
+        parameters: The job's, by index.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], parameters: Sequence[Parameter]
+    ) -> None:
+        self._tensors = tensors
+        self._parameters = parameters
+        self._flats: dict[int, torch.Tensor] = {}
+        # Tensors that are not dense in the job's order: written to a copy first.
+        self._copied: set[int] = set()
+
+    @torch.no_grad()
+    def write(self, bucket: Bucket, present: Sequence[bool], payload: memoryview) -> None:
+        """Writes the bucket's present slices, whose elements `payload` holds one after another.
+
+        Raises:
+            ValueError: the payload has another length.
+        """
+        if payload.nbytes != bucket.payload_bytes(present):
+            raise ValueError(
+                f"{payload.nbytes} bytes for bucket {bucket.bucket_id}, which takes {bucket.payload_bytes(present)}"
+            )
+        received = tensor_over(payload, bucket.dtype)
+        start = 0
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if here and piece.length:
+                flat = self._flat(piece.parameter)
+                flat[piece.offset : piece.end].copy_(received[start : start + piece.length])
+                start += piece.length
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Brings what was written into tensors that could not be written to slice by slice."""
+        for index in self._copied:
+            tensor, order = self._tensors[index], self._parameters[index].memory_order
+            permuted = tensor.detach().permute(order)
+            permuted.copy_(self._flats[index].view(permuted.shape))
+
+    def _flat(self, index: int) -> torch.Tensor:
+        flat = self._flats.get(index)
+        if flat is None:
+            tensor = self._tensors[index].detach()
+            flat = flatten(tensor, self._parameters[index].memory_order)
+            if flat.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                self._copied.add(index)
+            self._flats[index] = flat
+        return flat
+
+
+def refuse_shared_memory(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    """Refuses distinct parameters that share elements: an update of one would change the other behind its back.
+
+    Raises:
+        ValueError: two of them do; both are named.
+    """
+    spans = []
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() and not tensor.is_meta:
+            start = tensor.storage_offset() * tensor.element_size()
+            extent = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            end = start + (extent + 1) * tensor.element_size()
+            spans.append((tensor.untyped_storage().data_ptr(), start, end, index))
+    spans.sort()
+    for position, (storage, _, end, index) in enumerate(spans):
+        for other_storage, other_start, _, other in spans[position + 1 :]:
+            if other_storage != storage or other_start >= end:
+                break
+            if _share_elements(tensors[index], tensors[other]):
+                raise ValueError(
+                    f"{_title(index, names)} and {_title(other, names)} share memory; an optimizer needs distinct ones"
+                )
+
+
+def _share_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one storage, whose spans of it overlap, have an element in common."""
+    if one.dtype != other.dtype:
+        return True
+    touched = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
+    touched.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(value=True)
+    return bool(touched.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def _title(index: int, names: Sequence[str]) -> str:
+    return f"parameter {index} ({names[index]})" if names[index] else f"parameter {index}"

@@ -1,0 +1,143 @@
+"""Where an optimizer's job is and what it is called: arguments first, then the environment, then defaults."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from optimd.client.embedded import embedded_server
+from optimd.client.environment import WorkerEnvironment
+from optimd.client.exceptions import ConfigurationError
+from optimd.client.options import ProxyOptions
+from optimd.client.session import JobRequest
+from optimd.v1 import job_pb2
+
+_ON_EXISTING: Final = {
+    "resume": job_pb2.ON_EXISTING_RESUME,
+    "fail": job_pb2.ON_EXISTING_FAIL,
+    "replace": job_pb2.ON_EXISTING_REPLACE,
+}
+_APPLY: Final = {
+    "auto": job_pb2.APPLY_MODE_AUTO,
+    "streaming": job_pb2.APPLY_MODE_STREAMING,
+    "atomic": job_pb2.APPLY_MODE_ATOMIC,
+}
+_REDUCTION: Final = {"mean": job_pb2.REDUCTION_MEAN, "sum": job_pb2.REDUCTION_SUM}
+
+# What the workers of one torchrun call their job on the server that only they can reach.
+_GROUP_JOB: Final = "torchrun"
+
+
+class NameRegistry:
+    """The job names that this process's optimizers have. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: set[str] = set()  # guarded by self._lock
+
+    def take(self, name: str) -> str:
+        """`name`, or `name/k` for the k-th of the optimizers that have it at once."""
+        with self._lock:
+            number, free = 1, name
+            while free in self._taken:
+                number += 1
+                free = f"{name}/{number}"
+            self._taken.add(free)
+            return free
+
+    def give_back(self, name: str) -> None:
+        """The optimizer of that name is gone."""
+        with self._lock:
+            self._taken.discard(name)
+
+
+names: Final = NameRegistry()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a job is and how to ask for it."""
+
+    find_server: Callable[[], str]
+    """The server's address. Starts the embedded server where that is meant; blocks meanwhile."""
+    request: JobRequest
+
+
+def place(
+    server: str | None, job: str | None, options: ProxyOptions, environment: WorkerEnvironment, *, rule: str
+) -> Placement:
+    """Decides where a new optimizer's job is. Takes its name: `names.give_back` it.
+
+    Raises:
+        ConfigurationError: arguments and environment do not say where, or contradict each other.
+    """
+    world_size = _world_size(options, environment)
+    rank = environment.rank if options.rank is None else options.rank
+    if rank >= world_size:
+        raise ConfigurationError(
+            f"rank {rank} does not fit world_size {world_size}: set both in ProxyOptions, or start the workers "
+            "with torchrun"
+        )
+    address = server or environment.server
+    if address is not None:
+        _check_address(address)
+    elif world_size > environment.local_world_size:
+        raise ConfigurationError(
+            f"{world_size} workers, of which {environment.local_world_size} on this host, need a server that all of "
+            'them can reach: start one with `optimd serve` and pass server="host:port" (or set OPTIMD_SERVER)'
+        )
+    name = job or environment.job or environment.run_id
+    private = name is None and world_size == 1
+    if private:
+        name = f"private-{uuid.uuid4()}"
+    elif name is None:
+        if address is not None:
+            raise ConfigurationError(
+                f"{world_size} workers of one job need a common name for it: pass job=..., set OPTIMD_JOB, or give "
+                "torchrun a --rdzv-id"
+            )
+        name = _GROUP_JOB
+    group = environment.host_group if world_size > 1 else None
+    default_id = environment.default_worker_id if options.rank is None else f"{environment.host}-{rank}"
+    return Placement(
+        find_server=(lambda: address) if address is not None else (lambda: embedded_server(group).address),
+        request=JobRequest(
+            job=names.take(name),
+            private=private,
+            worker_id=options.worker_id or default_id,
+            rank=rank,
+            rule=rule,
+            on_existing=_ON_EXISTING[options.on_existing],
+            aggregation=job_pb2.Aggregation(
+                sync=job_pb2.SyncAggregation(
+                    world_size=world_size,
+                    reduction=_REDUCTION[options.aggregation.reduction],
+                    timeout_s=options.aggregation.timeout_s,
+                    join_timeout_s=options.aggregation.join_timeout_s,
+                )
+            ),
+            apply=_APPLY[options.apply],
+            bucket_bytes=options.bucket_bytes or 0,
+        ),
+    )
+
+
+def _world_size(options: ProxyOptions, environment: WorkerEnvironment) -> int:
+    asked = {size for size in (options.world_size, options.aggregation.world_size) if size is not None}
+    if len(asked) > 1:
+        raise ConfigurationError(
+            f"ProxyOptions(world_size={options.world_size}) and Sync(world_size={options.aggregation.world_size}) "
+            "differ"
+        )
+    return asked.pop() if asked else environment.world_size
+
+
+def _check_address(address: str) -> None:
+    if address.startswith("unix://"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigurationError(f'{address!r} is not a server\'s address; write "host:port" or "unix:///path"')

@@ -1,0 +1,374 @@
+"""A torch optimizer whose state and update live on a server."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, ClassVar, Self, overload
+
+import torch
+from optimd.client.connection import Connection
+from optimd.client.environment import read_environment
+from optimd.client.exceptions import JobMismatchError, OptimizerClosedError
+from optimd.client.options import ProxyOptions
+from optimd.client.parameters import describe, refuse_shared_memory
+from optimd.client.placement import names, place
+from optimd.client.receipts import StepReceipt
+from optimd.client.remotestate import RemoteState
+from optimd.client.session import Session
+from optimd.client.statetransfer import RemoteEntry
+from optimd.wire.layout import Parameter
+from torch.optim.optimizer import Optimizer, StateDict
+
+
+class OptimizerProxy(Optimizer):
+    """The part of a remote optimizer that every update rule shares.
+
+    Subclass it together with torch's class of the rule. Hooks, param_groups, `zero_grad`, schedulers and the form of
+    `state_dict` are torch's own. `step` pushes gradients and changed hyperparameters and receives the new parameters.
+    The process holds no optimizer state.
+
+    All methods that reach the server block. An optimizer is not thread-safe, as torch's are not.
+    """
+
+    _rule: ClassVar[str]
+    """The update rule, by the schema's name."""
+
+    _state_tensors: ClassVar[tuple[str, ...]]
+    """The tensors that the rule may keep for a parameter, by torch's keys, besides `step`."""
+
+    _session: Session | None = None
+    _finalizer: weakref.finalize[..., Any] | None = None
+    _warned_of_disagreement = False
+    last_receipt: StepReceipt | None = None
+    """What became of the last `step()`; None before the first."""
+
+    def _connect(self, server: str | None, job: str | None, options: ProxyOptions | None) -> None:
+        """Opens the job, once torch's constructor has built the param_groups.
+
+        Raises:
+            ValueError: parameters that a server cannot hold, or that share memory.
+            OptimdError: the job cannot be opened.
+        """
+        self._requested_server = server
+        tensors = self._tensors()
+        parameters = self._described(self.param_groups)
+        refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
+        options = options or ProxyOptions()
+        placement = place(server, job, options, read_environment(), rule=self._rule)
+        name = placement.request.job
+        connection: Connection | None = None
+        try:
+            connection = Connection(placement.find_server())
+            connection.probe(options.retry_timeout_s)
+            session = Session(connection, placement.request)
+            adopted = session.open(self.param_groups, tensors, parameters)
+        except BaseException:
+            names.give_back(name)
+            if connection is not None:
+                connection.close()
+            raise
+        self._session = session
+        self._finalizer = weakref.finalize(self, _let_go, session, name)
+        for group, options_of_job in zip(self.param_groups, adopted or (), strict=False):
+            _adopt(group, options_of_job)
+
+    # --- where it is
+
+    @property
+    def server(self) -> str:
+        """The server's address."""
+        return self._open_session().address
+
+    @property
+    def job(self) -> str:
+        """The job's name."""
+        return self._open_session().job
+
+    @property
+    def job_step(self) -> int:
+        """How many steps the job had committed when this worker last heard of it."""
+        return self._open_session().job_step
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of this worker's next step, over all of its restarts: where to take up its data."""
+        return self._open_session().next_sequence
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the job had steps behind it when this process opened it."""
+        return self._open_session().resumed
+
+    # --- torch.optim.Optimizer
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Makes one step: pushes gradients, receives parameters.
+
+        Parameters whose gradient is None are skipped. In a synchronous job this waits for the other workers.
+
+        Args:
+            closure: Computes the loss anew, with gradients; called once.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or torch refuses the update.
+            OptimdError: the step failed. Gradients are as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        session = self._open_session()
+        tensors = self._tensors()
+        grads = self._gradients(session, tensors)
+        receipt = session.step(self.param_groups, tensors, grads)
+        self.last_receipt = receipt
+        if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
+            self._warned_of_disagreement = True
+            warnings.warn(
+                f"step {receipt.step}: the workers' param_groups differ; those of the lowest rank hold", stacklevel=3
+            )
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, on the server too. Each worker of a job adds it between the same two steps.
+
+        Args:
+            param_group: As torch's.
+
+        Raises:
+            ValueError: torch does not take it, or a parameter shares memory with another or is given twice.
+            OptimdError: the job does not take it. The param_groups are as they were.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            super().add_param_group(param_group)
+        for warning in caught:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        try:
+            group = self.param_groups[-1]
+            _refuse_repetition(group)
+            if self._session is not None:
+                tensors = self._tensors()
+                titles = [parameter.name for parameter in self._described(self.param_groups)]
+                refuse_shared_memory(tensors, titles)
+                added = group["params"]
+                adopted = self._session.add_group(group, added, self._described([group], len(tensors) - len(added)))
+                if adopted is not None:
+                    _adopt(group, adopted)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> StateDict:
+        """The state in torch's own form, fetched from the server: it loads into `torch.optim.Adam` and goes on there.
+
+        Raises:
+            OptimdError: the server cannot be read.
+        """
+        with self._state_here():
+            own = self._tensors()
+            for index, entry in self._fetch().items():
+                self.state[own[index]] = entry
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: StateDict, *, force: bool = False) -> None:
+        """Loads a state_dict, of this class or of torch's.
+
+        Each worker of a job loads an equal one between the same two steps.
+
+        Args:
+            state_dict: As torch's.
+            force: Whether to replace the state of a job that has steps behind it and other workers.
+
+        Raises:
+            ValueError: it does not fit the param_groups.
+            LoadNeedsForceError: `force` is needed.
+            OptimdError: the job does not take it. The param_groups are as they were.
+        """
+        session = self._open_session()
+        before = self.param_groups
+        try:
+            with self._state_here():
+                super().load_state_dict(state_dict)
+                session.load(self.param_groups, self._entries_here(), force=force)
+        except BaseException:
+            self.param_groups = before
+            raise
+
+    @property
+    def state(self) -> Any:
+        """The optimizer state, by parameter: a `RemoteState`."""
+        here = self.__dict__.get("state")
+        return RemoteState(self._tensors, self._fetch) if here is None else here
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        # torch's constructor gives every optimizer an empty one. This one's is on the server.
+        if value:
+            raise AttributeError("the state is on the server; load_state_dict replaces it")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = self._tensors()
+        return {
+            "defaults": self.defaults,
+            "state": {own[index]: entry for index, entry in self._fetch().items()},
+            "param_groups": self.param_groups,
+            "_requested_server": self._requested_server,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self._session is not None:
+            # torch's load_state_dict, on its way.
+            super().__setstate__(state)
+            return
+        # A copy, or what comes out of a pickle: a job of its own with the same state.
+        state = dict(state)
+        server = state.pop("_requested_server", None)
+        here = defaultdict(dict, state.pop("state"))
+        with self._state_here():
+            super().__setstate__({**state, "state": here})
+            entries = self._entries_here()
+        self._connect(server, None, ProxyOptions(rank=0, world_size=1))
+        self._open_session().load(self.param_groups, entries, force=False)
+
+    # --- leaving
+
+    def close(self) -> None:
+        """Leaves the job. A private job is dropped by the server. May be called more than once."""
+        session, finalizer = self._session, self._finalizer
+        if session is not None and finalizer is not None and finalizer.detach() is not None:
+            names.give_back(session.job)
+            session.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside
+
+    def _open_session(self) -> Session:
+        if self._session is None:
+            raise OptimizerClosedError("this optimizer never opened a job: its constructor failed")
+        return self._session
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _described(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Parameter]:
+        described = []
+        for group in groups:
+            titles = group.get("param_names") or [""] * len(group["params"])
+            for tensor, title in zip(group["params"], titles, strict=True):
+                try:
+                    described.append(describe(tensor, title))
+                except ValueError as error:
+                    raise ValueError(f"parameter {first + len(described)} {title}: {error}") from error
+        return described
+
+    def _gradients(self, session: Session, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        grads = []
+        for index, (tensor, parameter) in enumerate(zip(tensors, session.parameters, strict=True)):
+            grad = tensor.grad
+            if tensor.dtype != parameter.dtype or tuple(tensor.shape) != parameter.shape:
+                raise JobMismatchError(
+                    f"{parameter.title(index)} has become {tensor.dtype} {list(tensor.shape)}; the job has "
+                    f"{parameter.dtype} {list(parameter.shape)}"
+                )
+            if grad is not None and grad.layout is not torch.strided:
+                raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+            grads.append(grad)
+        return grads
+
+    def _fetch(self, indices: Sequence[int] = (), *, tensors: bool = True) -> dict[int, dict[str, Any]]:
+        """The remote state of parameters in torch's form, by index: all of them where none is named."""
+        session = self._open_session()
+        entries, _ = session.read(self._state_tensors if tensors else (), indices)
+        own = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
+        return {index: _in_torchs_form(entries[index], *own[index]) for index in sorted(entries)}
+
+    @contextmanager
+    def _state_here(self) -> Iterator[None]:
+        """Has `self.state` be a dict of this process for a while, for torch's methods to work on."""
+        self.__dict__["state"] = defaultdict(dict)
+        try:
+            yield
+        finally:
+            del self.__dict__["state"]
+
+    def _entries_here(self) -> dict[int, RemoteEntry]:
+        """What `self.state` holds, while it is here, as a server takes it.
+
+        Raises:
+            JobMismatchError: a tensor has another shape than its parameter.
+        """
+        entries = {}
+        for index, parameter in enumerate(self._tensors()):
+            entry = self.state.get(parameter)
+            if not entry:
+                continue
+            tensors = {name: entry[name] for name in self._state_tensors if name in entry}
+            for name, tensor in tensors.items():
+                if tensor.shape != parameter.shape:
+                    raise JobMismatchError(
+                        f"{name} of parameter {index} has shape {list(tensor.shape)}, the parameter "
+                        f"{list(parameter.shape)}"
+                    )
+            entries[index] = RemoteEntry(float(entry["step"]), tensors)
+        return entries
+
+
+def _adopt(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Puts the job's options into a worker's group, in place where they are tensors."""
+    for key, value in options.items():
+        here = group.get(key)
+        if isinstance(here, torch.Tensor):
+            here.fill_(value)
+        else:
+            group[key] = value
+
+
+def _refuse_repetition(group: Mapping[str, Any]) -> None:
+    titles = group.get("param_names") or [""] * len(group["params"])
+    seen: dict[int, int] = {}
+    for index, (tensor, title) in enumerate(zip(group["params"], titles, strict=True)):
+        if id(tensor) in seen:
+            raise ValueError(
+                f"parameter {index} {title} of the group is the same tensor as parameter {seen[id(tensor)]}; give "
+                "each once"
+            )
+        seen[id(tensor)] = index
+
+
+def _in_torchs_form(entry: RemoteEntry, tensor: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as torch's step would have left it: dtype and device of `step` follow the kernel."""
+    beside = bool(group["capturable"] or group["fused"])
+    wide = torch.get_default_dtype() is torch.float64 and not group["fused"]
+    step = torch.tensor(
+        entry.step, dtype=torch.float64 if wide else torch.float32, device=tensor.device if beside else "cpu"
+    )
+    return {"step": step, **{name: value.to(tensor.device) for name, value in entry.tensors.items()}}
+
+
+def _let_go(session: Session, name: str) -> None:
+    """What happens to a session whose optimizer was dropped without `close()`. Must not wait: any thread may run it."""
+    names.give_back(name)
+    session.abandon()

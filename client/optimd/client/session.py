@@ -1,0 +1,427 @@
+"""A worker's side of a job: opening, pushing and pulling, state. Knows tensors and options, no optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from optimd.client.connection import Connection, TrainStream
+from optimd.client.exceptions import ConnectionLostError, OptimizerClosedError, ProtocolError
+from optimd.client.joblayout import JobLayout
+from optimd.client.parameters import FlatReader, FlatWriter
+from optimd.client.progress import Progress
+from optimd.client.receipts import StepReceipt
+from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state, state_messages
+from optimd.client.translation import exception_of
+from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
+from optimd.wire.codec import encode
+from optimd.wire.kinds import GRADIENT, PARAMETER
+from optimd.wire.layout import Bucket, Parameter, decode_parameter, encode_parameter, unpack_present
+from optimd.wire.paging import paginate
+from optimd.wire.param_groups import decode_group, encode_group
+
+_log = logging.getLogger("optimd.client")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """Which job to open, as whom, and how. The fields are those of the schema's `OpenJob`."""
+
+    job: str
+    private: bool
+    worker_id: str
+    rank: int
+    rule: str
+    on_existing: job_pb2.OnExisting
+    aggregation: job_pb2.Aggregation
+    apply: job_pb2.ApplyMode
+    bucket_bytes: int
+
+
+class Session:
+    """One worker in one job, from opening to leaving.
+
+    All calls block until the server has answered. Not thread-safe, but for `abandon`. After a call that failed halfway
+    the line is closed, and further calls raise `ConnectionLostError`.
+
+    Args:
+        connection: The line to the server. The session closes it.
+        request: Which job to open.
+    """
+
+    def __init__(self, connection: Connection, request: JobRequest) -> None:
+        self._connection = connection
+        self._request = request
+        self._stream: TrainStream | None = None
+        self._broken: str | None = None
+        self._layout = JobLayout()
+        # Of each group the options that the server knows this worker to have, serialised.
+        self._sent_groups: list[bytes] = []
+        self._load_count = 0
+        self.job_step = 0
+        self.next_sequence = 0
+        self.resumed = False
+
+    @property
+    def address(self) -> str:
+        """Where the server is."""
+        return self._connection.address
+
+    @property
+    def job(self) -> str:
+        """The job's name."""
+        return self._request.job
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        """The job's parameters."""
+        return self._layout.parameters
+
+    # --- opening and growing
+
+    def open(
+        self, groups: Sequence[Mapping[str, Any]], tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]
+    ) -> list[dict[str, Any]] | None:
+        """Opens the job: creates it with these values, or joins it and receives its values in place.
+
+        Args:
+            groups: torch's param_groups.
+            tensors: Their parameters, in order.
+            parameters: What describes these.
+
+        Returns:
+            The job's param_groups where it was joined; None where it was created.
+
+        Raises:
+            OptimdError: the job cannot be opened.
+        """
+        self._stream = self._connection.open_stream()
+        with self._failing_for_good():
+            self._stream.send(self._opening(groups, parameters))
+            return self._exchange_values(groups, tensors, parameters)
+
+    def add_group(
+        self, group: Mapping[str, Any], tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]
+    ) -> dict[str, Any] | None:
+        """Adds a param group to the job, or learns that another worker has done so.
+
+        Returns:
+            The job's options of the group where another worker brought it; None where this one did.
+
+        Raises:
+            OptimdError: it cannot be added.
+        """
+        stream = self._usable()
+        with self._failing_for_good():
+            index = len(self._sent_groups)
+            announcement = training_pb2.AddParamGroup(group=index)
+            stream.send(self._growing(announcement, index, group, parameters))
+            adopted = self._exchange_values([group], tensors, parameters)
+            return None if adopted is None else adopted[0]
+
+    def _opening(self, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]) -> Iterator[bytes]:
+        request = self._request
+        yield encode(
+            training_pb2.TrainRequest(
+                open=job_pb2.OpenJob(
+                    job=request.job,
+                    worker=job_pb2.WorkerIdentity(
+                        worker_id=request.worker_id, rank=request.rank, incarnation=secrets.randbits(64)
+                    ),
+                    on_existing=request.on_existing,
+                    aggregation=request.aggregation,
+                    apply=request.apply,
+                    bucket_bytes=request.bucket_bytes,
+                    private=request.private,
+                    client_version=version("optimd"),
+                )
+            )
+        )
+        yield from self._layout_pages(0, groups, parameters)
+
+    def _growing(
+        self,
+        announcement: training_pb2.AddParamGroup,
+        index: int,
+        group: Mapping[str, Any],
+        parameters: Sequence[Parameter],
+    ) -> Iterator[bytes]:
+        yield encode(training_pb2.TrainRequest(add_param_group=announcement))
+        yield from self._layout_pages(index, [group], parameters)
+
+    def _layout_pages(
+        self, first: int, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]
+    ) -> Iterator[bytes]:
+        messages = (
+            encode_group(index, self._request.rule, group, parameter_count=len(group["params"]))
+            for index, group in enumerate(groups, first)
+        )
+        for page, _ in paginate(messages):
+            yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(groups=page)))
+        for specs, last in paginate(encode_parameter(parameter) for parameter in parameters):
+            yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(parameters=specs, last=last)))
+
+    def _exchange_values(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        tensors: Sequence[torch.Tensor],
+        parameters: Sequence[Parameter],
+    ) -> list[dict[str, Any]] | None:
+        """From LayoutAccepted to JobReady."""
+        stream = self._usable()
+        _, message, _ = stream.expect("layout_accepted")
+        accepted = message.layout_accepted
+        first_group = len(self._sent_groups)
+        table = self._receive_table()
+        adopted: list[dict[str, Any]] | None = None
+        agreed = list(parameters)
+        if not accepted.send_values:
+            adopted, agreed = self._receive_layout()
+        try:
+            new_buckets = self._layout.grow(agreed, table, count=accepted.bucket_count)
+        except ValueError as error:
+            raise ProtocolError(f"the server at {self.address} sent a wrong bucket table: {error}") from error
+        for index, group in enumerate(groups if adopted is None else adopted, first_group):
+            self._sent_groups.append(_serialised(encode_group(index, self._request.rule, group)))
+        first = len(self._layout.parameters) - len(agreed)
+        at = {first + offset: tensor for offset, tensor in enumerate(tensors)}
+        total = sum(bucket.nbytes for bucket in new_buckets)
+        if adopted is None:
+            stream.send(self._values(new_buckets, at, Progress("uploading", total)))
+        else:
+            self._receive_values(len(new_buckets), at, Progress("receiving", total))
+        _, message, _ = stream.expect("ready")
+        self.job_step = message.ready.job_step
+        self.next_sequence = message.ready.next_sequence
+        self._load_count = message.ready.load_count
+        if accepted.resumed:
+            self.resumed = True
+            _log.warning("resuming %s at step %d", self.job, self.job_step)
+        return adopted
+
+    def _receive_table(self) -> list[tensor_pb2.BucketSpec]:
+        table: list[tensor_pb2.BucketSpec] = []
+        while True:
+            _, message, _ = self._usable().expect("bucket_table")
+            table += message.bucket_table.buckets
+            if message.bucket_table.last:
+                return table
+
+    def _receive_layout(self) -> tuple[list[dict[str, Any]], list[Parameter]]:
+        groups: list[dict[str, Any]] = []
+        parameters: list[Parameter] = []
+        while True:
+            _, message, _ = self._usable().expect("layout")
+            groups += [decode_group(group) for group in message.layout.groups]
+            parameters += [decode_parameter(spec) for spec in message.layout.parameters]
+            if message.layout.last:
+                return groups, parameters
+
+    def _values(
+        self, buckets: Sequence[Bucket], tensors: Mapping[int, torch.Tensor], progress: Progress
+    ) -> Iterator[bytes]:
+        reader = FlatReader(tensors, self._layout.parameters)
+        for bucket in buckets:
+            present = [True] * len(bucket.slices)
+            yield bucket_message(PARAMETER, bucket, present, reader)
+            progress.advance(bucket.nbytes)
+
+    def _receive_values(self, count: int, tensors: Mapping[int, torch.Tensor], progress: Progress) -> None:
+        writer = FlatWriter(tensors, self._layout.parameters)
+        for _ in range(count):
+            _, message, frame = self._usable().expect("bucket")
+            self._write(writer, message.bucket, frame.payload)
+            progress.advance(frame.payload.nbytes)
+        writer.flush()
+
+    # --- a step
+
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        tensors: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+    ) -> StepReceipt:
+        """Pushes gradients and changed hyperparameters; receives the updated parameters in place.
+
+        Args:
+            groups: torch's param_groups as they are now.
+            tensors: Their parameters, in order, written to.
+            grads: By parameter, dense, of its shape and dtype; None where it has none. Not changed while this runs.
+
+        Returns:
+            What became of the push.
+
+        Raises:
+            OptimdError: the step failed.
+        """
+        stream = self._usable()
+        _finish_on_devices(grads)
+        sent, received = stream.bytes_sent, stream.bytes_received
+        with self._failing_for_good():
+            stream.send(self._push(groups, grads))
+            writer = FlatWriter(tensors, self._layout.parameters)
+            while True:
+                kind, message, frame = stream.expect("bucket", "receipt")
+                if kind == "receipt":
+                    break
+                self._write(writer, message.bucket, frame.payload)
+            writer.flush()
+        receipt = message.receipt
+        self.job_step = receipt.step
+        self.next_sequence = receipt.sequence + 1
+        outcome = training_pb2.StepOutcome.Name(receipt.outcome).removeprefix("STEP_OUTCOME_").lower()
+        return StepReceipt(
+            sequence=receipt.sequence,
+            step=receipt.step,
+            outcome=outcome,
+            contributors=tuple(receipt.contributors),
+            partial_contributors=tuple(receipt.partial_contributors),
+            hyperparameters_disagreed=receipt.hyperparameters_disagreed,
+            bytes_sent=stream.bytes_sent - sent,
+            bytes_received=stream.bytes_received - received,
+        )
+
+    def _push(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[torch.Tensor | None]) -> Iterator[bytes]:
+        changed = list(self._changed_groups(groups))
+        pages = list(paginate(changed)) if changed else []
+        yield encode(
+            training_pb2.TrainRequest(
+                step_begin=training_pb2.StepBegin(
+                    sequence=self.next_sequence,
+                    base_step=self.job_step,
+                    group_count=len(groups),
+                    load_count=self._load_count,
+                    param_group_pages=len(pages),
+                )
+            )
+        )
+        for page, last in pages:
+            message = param_group_pb2.ParamGroupsPage(groups=page, last=last)
+            yield encode(training_pb2.TrainRequest(param_groups=message))
+        reader = FlatReader(grads, self._layout.parameters)
+        count = 0
+        for bucket in self._layout.buckets:
+            present = [grads[piece.parameter] is not None for piece in bucket.slices]
+            if any(present):
+                yield bucket_message(GRADIENT, bucket, present, reader)
+                count += 1
+        yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
+
+    def _changed_groups(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[param_group_pb2.ParamGroup]:
+        for index, group in enumerate(groups):
+            message = encode_group(index, self._request.rule, group)
+            encoded = _serialised(message)
+            if encoded != self._sent_groups[index]:
+                self._sent_groups[index] = encoded
+                yield message
+
+    # --- state
+
+    def read(
+        self, kinds: Sequence[str], indices: Sequence[int] = ()
+    ) -> tuple[dict[int, RemoteEntry], dict[int, torch.Tensor]]:
+        """Reads state, values or both.
+
+        Args:
+            kinds: Keys of torch's state, and `PARAMETER` for values. With none, only the steps are read.
+            indices: The parameters wanted; none means all.
+
+        Returns:
+            The state of those that have one, and the values that were asked for, by parameter index.
+
+        Raises:
+            OptimdError: the server cannot be read.
+        """
+        self._usable()
+        return read_state(self._connection, self.job, self._layout, kinds, indices)
+
+    def load(self, groups: Sequence[Mapping[str, Any]], entries: Mapping[int, RemoteEntry], *, force: bool) -> None:
+        """Replaces the job's whole state and its param_groups.
+
+        Args:
+            groups: torch's param_groups.
+            entries: The state of the parameters that have one, tensors in the parameters' shapes.
+            force: Whether to replace the state of a job that has steps behind it and other workers.
+
+        Raises:
+            OptimdError: the job cannot take it.
+        """
+        stream = self._usable()
+        encoded = [encode_group(index, self._request.rule, group) for index, group in enumerate(groups)]
+        with self._failing_for_good():
+            digest = hashlib.sha256()
+            for part in state_messages(self._layout, encoded, entries):
+                digest.update(part)
+            announcement = training_pb2.LoadState(digest=digest.digest(), load_count=self._load_count + 1, force=force)
+            stream.send([encode(training_pb2.TrainRequest(load_state=announcement))])
+            _, message, _ = stream.expect("load_state_answer")
+            answer = message.load_state_answer
+            if not answer.HasField("refusal"):
+                if answer.send_state:
+                    stream.send(state_messages(self._layout, encoded, entries))
+                _, message, _ = stream.expect("state_loaded")
+                self._load_count = message.state_loaded.load_count
+                self._sent_groups = [_serialised(group) for group in encoded]
+        if answer.HasField("refusal"):
+            # Said on a stream that goes on: the caller may try again.
+            raise exception_of(answer.refusal)
+
+    # --- leaving
+
+    def leave(self) -> None:
+        """Leaves the job in good order. May be called more than once."""
+        stream, self._stream = self._stream, None
+        if stream is not None and self._broken is None:
+            stream.send([encode(training_pb2.TrainRequest(leave=training_pb2.Leave()))])
+            stream.finish()
+        self._connection.close()
+
+    def abandon(self) -> None:
+        """Drops the line without a word; the server sees the worker off. May be called from any thread."""
+        self._connection.close()
+
+    # --- all of the above
+
+    def _write(self, writer: FlatWriter, header: tensor_pb2.TensorBucket, payload: memoryview) -> None:
+        try:
+            bucket = self._layout.bucket(header.bucket_id)
+            writer.write(bucket, unpack_present(header.present, len(bucket.slices)), payload)
+        except ValueError as error:
+            raise ProtocolError(f"the server at {self.address} sent a bucket that does not fit: {error}") from error
+
+    def _usable(self) -> TrainStream:
+        self._connection.check()
+        if self._broken is not None:
+            raise ConnectionLostError(f"the line to the server at {self.address} is closed since {self._broken}")
+        if self._stream is None:
+            raise OptimizerClosedError("this optimizer is closed")
+        return self._stream
+
+    @contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        """What fails or is interrupted in the middle of an exchange leaves a stream that nobody can go on with."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken = f"an earlier call failed ({type(error).__name__}: {error})"
+            if self._stream is not None:
+                self._stream.cancel()
+            raise
+
+
+def _serialised(group: param_group_pb2.ParamGroup) -> bytes:
+    return group.SerializeToString(deterministic=True)
+
+
+def _finish_on_devices(grads: Sequence[torch.Tensor | None]) -> None:
+    """Waits for gradients that are still being computed: another thread, with another current stream, reads them."""
+    for device in {grad.device for grad in grads if grad is not None and grad.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()

@@ -1,0 +1,120 @@
+"""State on its way from and to a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from optimd.client.connection import Connection
+from optimd.client.exceptions import ProtocolError
+from optimd.client.joblayout import JobLayout
+from optimd.client.parameters import FlatReader, FlatWriter
+from optimd.v1 import param_group_pb2, reading_pb2, state_dict_pb2, tensor_pb2, training_pb2
+from optimd.wire.codec import encode
+from optimd.wire.kinds import PARAMETER, decode_kind, encode_kind
+from optimd.wire.layout import Bucket, Parameter, pack_present, unpack_present
+from optimd.wire.paging import paginate
+from optimd.wire.tensors import unflatten
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteEntry:
+    """The state of one parameter: its step and its tensors, which have the parameter's shape."""
+
+    step: float
+    tensors: dict[str, torch.Tensor]
+
+
+def bucket_message(kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader) -> bytes:
+    """A `TrainRequest` that carries one kind of tensor of a bucket's present slices."""
+    header = tensor_pb2.TensorBucket(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
+    return encode(training_pb2.TrainRequest(bucket=header), reader.parts(bucket, present))
+
+
+def read_state(
+    connection: Connection, job: str, layout: JobLayout, kinds: Sequence[str], indices: Sequence[int] = ()
+) -> tuple[dict[int, RemoteEntry], dict[int, torch.Tensor]]:
+    """Reads a job's state, its values, or both. Blocks.
+
+    Args:
+        connection: The line to the server.
+        job: The job's name.
+        layout: What the worker knows of the job.
+        kinds: Keys of torch's state, and `PARAMETER` for values. With none, only steps are read.
+        indices: The parameters wanted; none means all.
+
+    Returns:
+        The state of the wanted parameters that have one, and the values that were asked for, by parameter index: new
+        tensors on the CPU, in the parameters' shapes and memory orders.
+
+    Raises:
+        OptimdError: the server cannot be read.
+    """
+    entries: dict[int, RemoteEntry] = {}
+    tensors: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in kinds}
+    writers = {kind: FlatWriter(tensors[kind], layout.parameters) for kind in kinds}
+    request = reading_pb2.ReadStateRequest(job=job, parameters=indices, tensors=[encode_kind(kind) for kind in kinds])
+    for message, frame in connection.read_state(request):
+        if message.WhichOneof("message") == "state_dict":
+            for entry in message.state_dict.state:
+                entries[entry.parameter] = RemoteEntry(entry.step, {})
+            continue
+        try:
+            kind, bucket = decode_kind(message.bucket.kind), layout.bucket(message.bucket.bucket_id)
+            present = unpack_present(message.bucket.present, len(bucket.slices))
+            for piece, here in zip(bucket.slices, present, strict=True):
+                if here and piece.parameter not in tensors[kind]:
+                    tensors[kind][piece.parameter] = _empty(layout.parameters[piece.parameter])
+            writers[kind].write(bucket, present, frame.payload)
+        except (KeyError, ValueError) as error:
+            raise ProtocolError(f"the server at {connection.address} sent state that does not fit: {error}") from error
+    values = tensors.pop(PARAMETER, {})
+    for kind, by_index in tensors.items():
+        for index, tensor in by_index.items():
+            entries[index].tensors[kind] = tensor
+    return entries, values
+
+
+def _empty(parameter: Parameter) -> torch.Tensor:
+    flat = torch.empty(parameter.numel, dtype=parameter.dtype)
+    return unflatten(flat, torch.Size(parameter.shape), parameter.memory_order)
+
+
+def state_messages(
+    layout: JobLayout, groups: Sequence[param_group_pb2.ParamGroup], entries: Mapping[int, RemoteEntry]
+) -> Iterator[bytes]:
+    """The content of a `LoadState`: the same bytes for the same content.
+
+    Args:
+        layout: What the worker knows of the job.
+        groups: All param_groups.
+        entries: The state of the parameters that have one.
+    """
+    for page, _ in paginate(groups):
+        yield _page(state_dict_pb2.StateDictPage(param_groups=page))
+    states = (
+        state_dict_pb2.ParameterState(
+            parameter=index,
+            step=entries[index].step,
+            tensors=[encode_kind(name) for name in entries[index].tensors],
+        )
+        for index in sorted(entries)
+    )
+    for state_page, last in paginate(states):
+        yield _page(state_dict_pb2.StateDictPage(state=state_page, last=last))
+    count = 0
+    for name in sorted({name for entry in entries.values() for name in entry.tensors}):
+        tensors = {index: entry.tensors[name] for index, entry in entries.items() if name in entry.tensors}
+        reader = FlatReader(tensors, layout.parameters)
+        for bucket in layout.buckets:
+            present = [piece.parameter in tensors for piece in bucket.slices]
+            if any(present):
+                yield bucket_message(name, bucket, present, reader)
+                count += 1
+    yield encode(training_pb2.TrainRequest(load_state_end=training_pb2.LoadStateEnd(bucket_count=count)))
+
+
+def _page(page: state_dict_pb2.StateDictPage) -> bytes:
+    # Deterministic, so that workers that load the same content come to the same digest.
+    return training_pb2.TrainRequest(state_dict=page).SerializeToString(deterministic=True)
