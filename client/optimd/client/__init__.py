@@ -1,5 +1,11 @@
 """The worker's side: drop-in `Adam` and `AdamW` whose state and update live on a server."""
 
+import os
+
+# gRPC's core writes a line to stderr at every fork, of a DataLoader's workers say, in a process that has a channel. It
+# reads this when it is first imported; who wants to see more has set it.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 from optimd.client.adam import Adam, AdamW
 from optimd.client.exceptions import (
     ConfigurationError,

@@ -8,6 +8,7 @@ what is never destroyed sends nothing on a socket that the parent still uses.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from typing import Protocol
@@ -21,7 +22,6 @@ class ForkAware(Protocol):
 
 
 _aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
-_kept: list[object] = []
 
 
 def watch(thing: ForkAware) -> None:
@@ -30,7 +30,9 @@ def watch(thing: ForkAware) -> None:
 
 
 def _after_in_child() -> None:
-    _kept.extend((thing, thing.forked()) for thing in list(_aware))
+    for thing in list(_aware):
+        # A reference that nobody gives back: a list would be emptied when the child's interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((thing, thing.forked())))
 
 
 os.register_at_fork(after_in_child=_after_in_child)

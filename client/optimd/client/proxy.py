@@ -281,7 +281,9 @@ class OptimizerProxy(Optimizer):
                 try:
                     described.append(describe(tensor, title))
                 except ValueError as error:
-                    raise ValueError(f"parameter {first + len(described)} {title}: {error}") from error
+                    index = first + len(described)
+                    name = f"parameter {index} ({title})" if title else f"parameter {index}"
+                    raise ValueError(f"{name}: {error}") from error
         return described
 
     def _gradients(self, session: Session, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--lifeline", type=Path, help="a named pipe; the server stops when nobody holds it open")
-    parser.add_argument("--ready-fd", type=int, help="a descriptor to write a line to and close, once ready")
+    parser.add_argument("--ready-fd", type=int, help="a descriptor to write the bound address to, once ready")
     return parser
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Whoever starts the server holds the pipe for writing already, so that this does not wait.
         lifeline = None if lifeline_path is None else os.open(lifeline_path, os.O_RDONLY)
-        run(ServerConfig(**parsed), on_ready=lambda _server: _tell_ready(ready_fd), lifeline=lifeline)
+        run(ServerConfig(**parsed), on_ready=lambda server: _tell_ready(ready_fd, server.address), lifeline=lifeline)
     except ConfigurationError as error:
         print(f"optimd: {error}", file=sys.stderr)
         return 2
@@ -70,9 +70,9 @@ def _remove_meeting_place(lifeline_path: Path) -> None:
         lifeline_path.parent.rmdir()
 
 
-def _tell_ready(ready_fd: int | None) -> None:
+def _tell_ready(ready_fd: int | None, address: str) -> None:
     if ready_fd is not None:
-        os.write(ready_fd, b"ready\n")
+        os.write(ready_fd, f"{address}\n".encode())
         os.close(ready_fd)
 
 

@@ -1,0 +1,1 @@
+"""Reproducible comparisons: `python -m benchmarks` measures step times and memory against baselines of the same run."""

@@ -1,0 +1,142 @@
+"""What was measured, as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import grpc
+import torch
+
+from benchmarks.memory import ALLOWANCE_BYTES, MB, MemoryUse, Peak
+from benchmarks.step_time import LOCAL, TRANSPORTS, StepTimes, echo_over, optimd_over
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A titled table. The first column is text, the others are numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "grpcio": grpc.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def step_time_table(measured: StepTimes) -> Table:
+    """One model's step times."""
+    echo_of = {optimd_over(transport): echo_over(transport) for transport in TRANSPORTS}
+    local = measured.times[LOCAL].median_s
+    rows = []
+    for name, times in measured.times.items():
+        echo = echo_of.get(name)
+        rows.append(
+            (
+                name,
+                f"{times.median_s * 1e3:.3f}",
+                f"{times.lower_quartile_s * 1e3:.3f} - {times.upper_quartile_s * 1e3:.3f}",
+                f"{times.median_s / local:.2f}",
+                f"{times.median_s / measured.times[echo].median_s:.2f}" if echo else "",
+            )
+        )
+    runs = measured.times[LOCAL].runs
+    outcome = "are bit-equal" if measured.bit_equal else "DIFFER: the optimizers did not do the same work"
+    return Table(
+        f"Step time, {measured.model}: {measured.parameters:,} parameters in {measured.tensors} tensors",
+        ("", "median ms", "quartiles ms", "/ local", "/ raw echo"),
+        rows,
+        f"{runs} rounds, one thread in each process. Final parameters {outcome}.",
+    )
+
+
+def memory_table(measured: MemoryUse) -> Table:
+    """The peaks of one run."""
+    rows = [
+        (
+            peak.role,
+            f"{peak.bytes / MB:,.1f}",
+            f"{peak.bytes / peak.parameters:.2f}",
+            *_against_mark(peak),
+        )
+        for peak in measured.peaks
+    ]
+    workers = "1 worker" if measured.workers == 1 else f"{measured.workers} synchronous workers"
+    return Table(
+        f"Peak memory, {measured.model}: {measured.parameters:,} parameters, {workers}",
+        ("", "MB", "bytes/parameter", "mark", "MB over mark's bytes/parameter", "holds"),
+        rows,
+        f"Upload and {measured.steps} steps, above the {measured.baseline_bytes / MB:.0f} MB of a process that has "
+        "imported torch and grpc.",
+    )
+
+
+def _against_mark(peak: Peak) -> tuple[str, str, str]:
+    if peak.mark_bytes_per_parameter is None:
+        return "", "", ""
+    over = peak.bytes - peak.mark_bytes_per_parameter * peak.parameters
+    mark = f"{peak.mark_bytes_per_parameter} bytes/parameter + {ALLOWANCE_BYTES / MB:.0f} MB"
+    return mark, f"{over / MB:+,.1f}", "yes" if peak.holds else "NO"
+
+
+def as_json(steps: Iterable[StepTimes], memory: Iterable[MemoryUse]) -> dict[str, Any]:
+    """All of it as plain values."""
+    return {
+        "environment": environment(),
+        "step_time": [asdict(measured) for measured in steps],
+        "memory": [
+            asdict(measured)
+            | {
+                "peaks": [
+                    asdict(peak) | {"mark_bytes": peak.mark_bytes, "holds": peak.holds} for peak in measured.peaks
+                ]
+            }
+            for measured in memory
+        ],
+    }
+
+
+def show(table: Table) -> None:
+    """Prints a table: with rich where it is installed, else in plain columns."""
+    try:
+        from rich import box  # noqa: PLC0415  # a worker's install has no rich
+        from rich.console import Console  # noqa: PLC0415
+        from rich.table import Table as RichTable  # noqa: PLC0415
+    except ImportError:
+        _show_plainly(table)
+        return
+    drawn = RichTable(
+        title=table.title,
+        caption=table.caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for index, column in enumerate(table.columns):
+        drawn.add_column(column, justify="right" if index else "left", no_wrap=not index)
+    for row in table.rows:
+        drawn.add_row(*row)
+    Console().print(drawn)
+
+
+def _show_plainly(table: Table) -> None:
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(table.columns))]
+    print(table.title)
+    for line in lines:
+        first, *numbers = line
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True))]
+        print("  " + "  ".join(cells))
+    print(table.caption, end="\n\n")

@@ -1,0 +1,65 @@
+"""Timing several ways to do one thing against each other.
+
+On a shared machine absolute times drift by a third within minutes. So all ways are measured in one run, in turns, and
+what is reported are medians and their ratios.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One of the ways."""
+
+    name: str
+    run: Callable[[], object]
+    """What is timed."""
+    prepare: Callable[[int], object] = lambda _round: None
+    """What comes before it, untimed; gets the number of the round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What one contender took, in seconds."""
+
+    runs: int
+    median_s: float
+    lower_quartile_s: float
+    upper_quartile_s: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Times:
+        """Summarises at least two measurements."""
+        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(len(seconds), median, lower, upper)
+
+
+def take_turns(contenders: Sequence[Contender], *, warmups: int, rounds: int) -> dict[str, Times]:
+    """Runs each contender once a round.
+
+    The order changes from round to round, the same way in every run: nobody always comes after the same neighbour.
+
+    Args:
+        contenders: The ways, names distinct.
+        warmups: How many rounds come first and do not count.
+        rounds: How many count; at least 2.
+    """
+    order = list(contenders)
+    shuffler = random.Random(0)
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for number in range(warmups + rounds):
+        shuffler.shuffle(order)
+        for contender in order:
+            contender.prepare(number)
+            start = time.perf_counter()
+            contender.run()
+            taken = time.perf_counter() - start
+            if number >= warmups:
+                seconds[contender.name].append(taken)
+    return {name: Times.of(taken) for name, taken in seconds.items()}

@@ -1,0 +1,89 @@
+"""Trains a small convolutional net on handwritten digits with an optimizer that lives on a server.
+
+    python examples/train_digits.py                                  # starts a server of its own
+    python examples/train_digits.py --server gpu-host:50551          # uses that one
+    torchrun --nproc-per-node 2 examples/train_digits.py             # two workers, synchronous mean
+
+Needs scikit-learn for its bundled data set. Restarted with the same --job against a server that still holds it, the
+script goes on where the job stands.
+"""
+
+import argparse
+import os
+
+import torch
+from optimd.client import Adam
+from sklearn.datasets import load_digits
+from torch import nn
+
+BATCH = 64  # images a step, over all workers
+
+
+def load_data():
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).div(16).unsqueeze(1)
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[:359], order[359:]
+    return images[train], labels[train], images[test], labels[test]
+
+
+def build_model():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", help="host:port or unix:///path (default: start one)")
+    parser.add_argument("--job", help="the name of the training job, to be found again")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--save", metavar="PATH", help="where to save the trained weights")
+    args = parser.parse_args()
+
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    x_train, y_train, x_test, y_test = load_data()
+    batches = len(y_train) // BATCH
+    total = args.epochs * batches
+
+    torch.manual_seed(0)
+    model = build_model()
+    with Adam(model.parameters(), lr=3e-3, server=args.server, job=args.job) as optimizer:
+        # A fresh job starts at 0; a restarted worker takes up its data and its schedule where it left them.
+        start = optimizer.next_sequence
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, last_epoch=start - 1)
+        for step in range(start, total):
+            epoch, batch = divmod(step, batches)
+            if batch == 0 or step == start:
+                order = torch.randperm(len(y_train), generator=torch.Generator().manual_seed(epoch))
+            mine = order[batch * BATCH : (batch + 1) * BATCH][rank::world_size]
+
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x_train[mine]), y_train[mine])
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+            if batch == batches - 1 and rank == 0:
+                print(f"epoch {epoch + 1:2d}  loss {loss.item():.4f}")
+
+    if rank == 0:
+        with torch.no_grad():
+            accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
+        print(f"test accuracy {accuracy:.2%}")
+        if args.save:
+            torch.save(model.state_dict(), args.save)
+
+
+if __name__ == "__main__":
+    main()

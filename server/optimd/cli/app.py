@@ -1,0 +1,59 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from typing import ParamSpec
+
+import grpc
+import torch
+import typer
+from optimd.cli import jobs
+from optimd.cli.demo import demo
+from optimd.cli.errors import CommandError
+from optimd.cli.serve import serve
+from optimd.client import OptimdError
+from optimd.server import ConfigurationError
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="An optimizer daemon: torch.optim.Adam as a service. `optimd serve` starts it, `optimd demo` shows it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _in_one_sentence(command: Callable[P, None]) -> Callable[P, None]:
+    """Ends with a sentence and status 2 where the user or the environment is at fault, without a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (CommandError, ConfigurationError, OptimdError) as error:
+            typer.echo(f"optimd: {error}", err=True)
+            sys.exit(2)
+
+    return wrapped
+
+
+@app.command(name="version")
+def show_version() -> None:
+    """Show the versions of optimd and of what it stands on."""
+    typer.echo(f"optimd {version('optimd')}, torch {torch.__version__}, grpcio {grpc.__version__}")
+
+
+app.command()(_in_one_sentence(serve))
+app.command()(_in_one_sentence(demo))
+
+_jobs = typer.Typer(help="Look at a server's jobs and drop them.", no_args_is_help=True)
+_jobs.command(name="list")(_in_one_sentence(jobs.list_jobs))
+_jobs.command(name="show")(_in_one_sentence(jobs.show_job))
+_jobs.command(name="delete")(_in_one_sentence(jobs.delete_job))
+app.add_typer(_jobs, name="jobs")

@@ -1,0 +1,84 @@
+"""`optimd jobs`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from google.protobuf.json_format import MessageToJson
+from optimd.cli.admin import Admin
+from optimd.server.config import DEFAULT_ADDRESS
+from optimd.v1 import admin_pb2, job_pb2
+from rich.console import Console
+from rich.table import Table
+
+_Server = Annotated[str, typer.Option(help="The server: host:port or unix:///path.", envvar="OPTIMD_SERVER")]
+_Json = Annotated[bool, typer.Option("--json", help="Write JSON, for a program to read.")]
+_Job = Annotated[str, typer.Argument(help="The job's name.")]
+
+
+def list_jobs(server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = False) -> None:
+    """List the jobs that a server holds."""
+    jobs = Admin(server).jobs()
+    if as_json:
+        typer.echo(_json(admin_pb2.ListJobsResponse(jobs=jobs)))
+        return
+    table = Table("job", "step", "workers", "parameters", "values", "state", "device")
+    for job in jobs:
+        table.add_row(
+            job.job,
+            str(job.step),
+            str(job.worker_count),
+            f"{job.element_count:,}",
+            megabytes(job.value_bytes),
+            megabytes(job.state_bytes),
+            job.device,
+        )
+    Console().print(table if jobs else "no jobs")
+
+
+def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = False) -> None:
+    """Show one job and the workers in it."""
+    answer = Admin(server).job(job)
+    if as_json:
+        typer.echo(_json(answer))
+        return
+    summary = answer.summary
+    console = Console()
+    console.print(
+        f"[bold]{summary.job}[/bold]: step {summary.step}, {summary.element_count:,} parameters in "
+        f"{summary.parameter_count} tensors and {answer.bucket_count} buckets on {summary.device}; values "
+        f"{megabytes(summary.value_bytes)}, state {megabytes(summary.state_bytes)}; "
+        f"{job_pb2.ApplyMode.Name(answer.apply).removeprefix('APPLY_MODE_').lower()} apply, "
+        f"{answer.aggregation.sync.world_size} synchronous workers"
+    )
+    table = Table("rank", "worker", "steps", "received", "sent")
+    for worker in answer.workers:
+        table.add_row(
+            str(worker.worker.rank),
+            worker.worker.worker_id,
+            str(worker.pushes),
+            megabytes(worker.bytes_received),
+            megabytes(worker.bytes_sent),
+        )
+    console.print(table if answer.workers else "no worker is in it")
+
+
+def delete_job(
+    job: _Job,
+    server: _Server = DEFAULT_ADDRESS,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Although workers are in it: their steps fail.")] = False,
+) -> None:
+    """Drop a job, its parameters and its state. There is no way back."""
+    Admin(server).delete(job, force=force)
+    typer.echo(f"job {job} is deleted")
+
+
+def megabytes(nbytes: int) -> str:
+    """`nbytes` for a person."""
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def _json(message: admin_pb2.ListJobsResponse | admin_pb2.GetJobResponse) -> str:
+    return MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

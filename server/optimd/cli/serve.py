@@ -1,0 +1,51 @@
+"""`optimd serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from optimd.cli.logs import LogFormat, LogLevel, configure
+from optimd.server import Server, ServerConfig, run
+
+_DEFAULTS = ServerConfig()
+
+
+def serve(
+    address: Annotated[str, typer.Option(help=ServerConfig.help_of("address"))] = _DEFAULTS.address,
+    device: Annotated[str, typer.Option(help=ServerConfig.help_of("device"))] = _DEFAULTS.device,
+    threads: Annotated[int, typer.Option(help=ServerConfig.help_of("threads"))] = _DEFAULTS.threads,
+    max_workers: Annotated[int, typer.Option(help=ServerConfig.help_of("max_workers"))] = _DEFAULTS.max_workers,
+    max_jobs: Annotated[int, typer.Option(help=ServerConfig.help_of("max_jobs"))] = _DEFAULTS.max_jobs,
+    max_job_bytes: Annotated[int, typer.Option(help=ServerConfig.help_of("max_job_bytes"))] = _DEFAULTS.max_job_bytes,
+    insecure: Annotated[bool, typer.Option(help=ServerConfig.help_of("insecure"))] = _DEFAULTS.insecure,
+    drain_timeout_s: Annotated[
+        float, typer.Option(help=ServerConfig.help_of("drain_timeout_s"))
+    ] = _DEFAULTS.drain_timeout_s,
+    health: Annotated[bool, typer.Option(help=ServerConfig.help_of("health"))] = _DEFAULTS.health,
+    log_level: Annotated[LogLevel, typer.Option(help="Log from this level on.")] = LogLevel.INFO,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Log lines for a person, or JSON for a collector.")
+    ] = LogFormat.CONSOLE,
+) -> None:
+    """Hold training jobs' parameters and optimizer state, and step them, until SIGTERM or SIGINT.
+
+    Jobs live in memory: they end with the server. A first signal waits for open steps, a second one does not.
+    """
+    configure(log_format, log_level)
+    config = ServerConfig(
+        address=address,
+        device=device,
+        threads=threads,
+        max_workers=max_workers,
+        max_jobs=max_jobs,
+        max_job_bytes=max_job_bytes,
+        insecure=insecure,
+        drain_timeout_s=drain_timeout_s,
+        health=health,
+    )
+    run(config, on_ready=_announce)
+
+
+def _announce(server: Server) -> None:
+    typer.echo(f"optimd is ready: pass server={server.address!r} to the optimizers of your workers")

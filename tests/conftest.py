@@ -1,0 +1,47 @@
+"""Fixtures, and a guard on what is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import optimd.client
+from optimd.server import Server
+from tests.support import ROOT, running_server
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--against-wheel", action="store_true", help="fail unless optimd is imported from an installed wheel"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    source = Path(optimd.client.__file__)
+    if config.getoption("--against-wheel") and ROOT / "client" in source.parents:
+        raise pytest.UsageError(f"optimd comes from the source tree: {source}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own environment must not decide what a test connects to."""
+    for name in ("OPTIMD_SERVER", "OPTIMD_JOB", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server in this process. Tests that kill one start a process: `server_process`."""
+    with running_server() as running:
+        yield running
