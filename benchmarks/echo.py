@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import grpc
+
 from optimd.client.connection import _CHANNEL_OPTIONS as _CLIENT_OPTIONS
 from optimd.server.app import _CHANNEL_OPTIONS as _SERVER_OPTIONS
 from optimd.wire.limits import DEFAULT_BUCKET_BYTES

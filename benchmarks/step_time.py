@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from optimd.client import Adam
 
 from benchmarks import models
 from benchmarks.echo import EchoStream, messages_of
 from benchmarks.servers import echo_server, loopback_address, optimd_server, unix_address
 from benchmarks.timing import Contender, Times, take_turns
+from optimd.client import Adam
 
 LOCAL: Final = "torch.optim.Adam(fused=True)"
 TRANSPORTS: Final = ("Unix socket", "TCP loopback")

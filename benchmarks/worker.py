@@ -6,10 +6,10 @@ import argparse
 import json
 
 import torch
-from optimd.client import Adam, ProxyOptions
 
 from benchmarks import models
 from benchmarks.memory import peak_bytes, reset_peak
+from optimd.client import Adam, ProxyOptions
 
 
 def main() -> None:

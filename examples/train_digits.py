@@ -12,9 +12,10 @@ import argparse
 import os
 
 import torch
-from optimd.client import Adam
 from sklearn.datasets import load_digits
 from torch import nn
+
+from optimd.client import Adam
 
 BATCH = 64  # images a step, over all workers
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @contextmanager
 def running_server(**settings: object) -> Iterator[Server]:
     """A server in this process, on a free loopback port, until the block ends."""
-    config = ServerConfig(**{"address": "127.0.0.1:0", "threads": 1, "health": False, **settings})  # type: ignore[arg-type]
+    config = ServerConfig(**{"address": "127.0.0.1:0", "threads": 1, "health": False, **settings})
     threads = torch.get_num_threads()
     server = Server(config)
     server.start()

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from optimd.v1 import job_pb2, reading_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import MalformedMessageError, MessageTooLargeError, decode, encode
 from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_BUCKET_SLICES, MAX_MESSAGE_BYTES

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from optimd.v1 import tensor_pb2
 from optimd.wire.layout import (
     Bucket,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from optimd.v1 import param_group_pb2
 from optimd.wire.param_groups import RULES, decode_group, encode_group, rule_of
 
@@ -260,3 +261,16 @@ def test_keys_that_are_not_strings_are_left_out() -> None:
     """The schema's keys are strings."""
     group: dict[Any, Any] = {**group_of(), 7: 1}
     assert over_the_wire(group) == options_of(group_of())
+
+
+def test_a_key_that_is_no_unicode_is_left_out() -> None:
+    """A lone surrogate cannot be written as UTF-8."""
+    assert over_the_wire({**group_of(), "lone \ud800": 1}) == options_of(group_of())
+
+
+def test_lists_nested_deeper_than_protobuf_parses_are_left_out() -> None:
+    """What is written can be read at the other end: protobuf stops at a hundred levels."""
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value]
+    assert extra_of(value) == {}

@@ -9,6 +9,7 @@ from typing import Final
 
 import grpc
 import pytest
+
 from optimd.client.exceptions import OptimdError
 from optimd.client.translation import EXCEPTION_OF_REASON, exception_of
 from optimd.server import errors

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over, unflatten
 
 DTYPES: Final = (

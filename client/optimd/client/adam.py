@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch.optim.optimizer import ParamsT
+
 from optimd.client.exceptions import ConfigurationError
 from optimd.client.options import ProxyOptions
 from optimd.client.proxy import OptimizerProxy
-from torch.optim.optimizer import ParamsT
 
 
 class _AdamRule(OptimizerProxy):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 import grpc
+
 from optimd.client import forks
 from optimd.client.exceptions import (
     ConnectionLostError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+
 from optimd.wire.dtypes import encode_dtype
 from optimd.wire.layout import Bucket, Parameter
 from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over

@@ -32,26 +32,26 @@ _GROUP_JOB: Final = "torchrun"
 
 
 class NameRegistry:
-    """The job names that this process's optimizers have. Thread-safe."""
+    """The names under which this process's optimizers are in their jobs. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken: set[str] = set()  # guarded by self._lock
+        self._taken: set[tuple[str, str]] = set()  # guarded by self._lock
 
-    def take(self, name: str) -> str:
-        """`name`, or `name/k` for the k-th of the optimizers that have it at once."""
+    def take(self, job: str, worker_id: str) -> str:
+        """`job`, or `job/k` for the k-th optimizer that this worker has under that name at once."""
         with self._lock:
-            number, free = 1, name
-            while free in self._taken:
+            number, free = 1, job
+            while (free, worker_id) in self._taken:
                 number += 1
-                free = f"{name}/{number}"
-            self._taken.add(free)
+                free = f"{job}/{number}"
+            self._taken.add((free, worker_id))
             return free
 
-    def give_back(self, name: str) -> None:
+    def give_back(self, job: str, worker_id: str) -> None:
         """The optimizer of that name is gone."""
         with self._lock:
-            self._taken.discard(name)
+            self._taken.discard((job, worker_id))
 
 
 names: Final = NameRegistry()
@@ -102,12 +102,13 @@ def place(
         name = _GROUP_JOB
     group = environment.host_group if world_size > 1 else None
     default_id = environment.default_worker_id if options.rank is None else f"{environment.host}-{rank}"
+    worker_id = options.worker_id or default_id
     return Placement(
         find_server=(lambda: address) if address is not None else (lambda: embedded_server(group).address),
         request=JobRequest(
-            job=names.take(name),
+            job=names.take(name, worker_id),
             private=private,
-            worker_id=options.worker_id or default_id,
+            worker_id=worker_id,
             rank=rank,
             rule=rule,
             on_existing=_ON_EXISTING[options.on_existing],

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, overload
 
 import torch
+from torch.optim.optimizer import Optimizer, StateDict
+
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import JobMismatchError, OptimizerClosedError
@@ -22,7 +24,6 @@ from optimd.client.remotestate import RemoteState
 from optimd.client.session import Session
 from optimd.client.statetransfer import RemoteEntry
 from optimd.wire.layout import Parameter
-from torch.optim.optimizer import Optimizer, StateDict
 
 
 class OptimizerProxy(Optimizer):
@@ -60,7 +61,7 @@ class OptimizerProxy(Optimizer):
         refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
         options = options or ProxyOptions()
         placement = place(server, job, options, read_environment(), rule=self._rule)
-        name = placement.request.job
+        name = (placement.request.job, placement.request.worker_id)
         connection: Connection | None = None
         try:
             connection = Connection(placement.find_server())
@@ -68,12 +69,12 @@ class OptimizerProxy(Optimizer):
             session = Session(connection, placement.request)
             adopted = session.open(self.param_groups, tensors, parameters)
         except BaseException:
-            names.give_back(name)
+            names.give_back(*name)
             if connection is not None:
                 connection.close()
             raise
         self._session = session
-        self._finalizer = weakref.finalize(self, _let_go, session, name)
+        self._finalizer = weakref.finalize(self, _let_go, session)
         for group, options_of_job in zip(self.param_groups, adopted or (), strict=False):
             _adopt(group, options_of_job)
 
@@ -252,7 +253,7 @@ class OptimizerProxy(Optimizer):
         """Leaves the job. A private job is dropped by the server. May be called more than once."""
         session, finalizer = self._session, self._finalizer
         if session is not None and finalizer is not None and finalizer.detach() is not None:
-            names.give_back(session.job)
+            names.give_back(session.job, session.worker_id)
             session.leave()
 
     def __enter__(self) -> Self:
@@ -370,7 +371,7 @@ def _in_torchs_form(entry: RemoteEntry, tensor: torch.Tensor, group: Mapping[str
     return {"step": step, **{name: value.to(tensor.device) for name, value in entry.tensors.items()}}
 
 
-def _let_go(session: Session, name: str) -> None:
+def _let_go(session: Session) -> None:
     """What happens to a session whose optimizer was dropped without `close()`. Must not wait: any thread may run it."""
-    names.give_back(name)
+    names.give_back(session.job, session.worker_id)
     session.abandon()

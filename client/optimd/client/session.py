@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+
 from optimd.client.connection import Connection, TrainStream
 from optimd.client.exceptions import ConnectionLostError, OptimizerClosedError, ProtocolError
 from optimd.client.joblayout import JobLayout
@@ -78,6 +79,11 @@ class Session:
     def job(self) -> str:
         """The job's name."""
         return self._request.job
+
+    @property
+    def worker_id(self) -> str:
+        """This worker's name in the job."""
+        return self._request.worker_id
 
     @property
     def parameters(self) -> Sequence[Parameter]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from optimd.client.connection import Connection
 from optimd.client.exceptions import ProtocolError
 from optimd.client.joblayout import JobLayout

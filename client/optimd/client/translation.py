@@ -6,6 +6,7 @@ from typing import Final
 
 import grpc
 from google.protobuf.message import DecodeError
+
 from optimd.client import exceptions
 from optimd.v1 import errors_pb2
 from optimd.wire.reasons import ERROR_TRAILER, decode_reason

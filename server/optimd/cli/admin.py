@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+
 from optimd.cli.errors import CommandError
 from optimd.v1 import admin_pb2
 from optimd.v1.admin_service_pb2_grpc import AdminServiceStub

@@ -11,6 +11,7 @@ from typing import ParamSpec
 import grpc
 import torch
 import typer
+
 from optimd.cli import jobs
 from optimd.cli.demo import demo
 from optimd.cli.errors import CommandError

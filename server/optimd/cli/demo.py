@@ -13,16 +13,17 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
 from optimd.cli.admin import Admin
 from optimd.cli.digits import BATCH, LEARNING_RATE, Digits, Trained, load_digits, train
 from optimd.cli.errors import CommandError
 from optimd.cli.jobs import megabytes
 from optimd.client import Adam, ProxyOptions
 from optimd.v1 import admin_pb2
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

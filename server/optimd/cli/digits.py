@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from optimd.cli.errors import CommandError
 from torch import nn
+
+from optimd.cli.errors import CommandError
 
 SEED = 0
 BATCH = 64

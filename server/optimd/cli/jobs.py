@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
 from optimd.cli.admin import Admin
 from optimd.server.config import DEFAULT_ADDRESS
 from optimd.v1 import admin_pb2, job_pb2
-from rich.console import Console
-from rich.table import Table
 
 _Server = Annotated[str, typer.Option(help="The server: host:port or unix:///path.", envvar="OPTIMD_SERVER")]
 _Json = Annotated[bool, typer.Option("--json", help="Write JSON, for a program to read.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from optimd.cli.logs import LogFormat, LogLevel, configure
 from optimd.server import Server, ServerConfig, run
 

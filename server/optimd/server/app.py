@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 import torch
+
 from optimd.server.config import ServerConfig
 from optimd.server.errors import ConfigurationError
 from optimd.server.interceptor import ErrorTranslation

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+
 from optimd.server.errors import ConfigurationError
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50551"

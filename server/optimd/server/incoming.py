@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+
 from optimd.server.errors import InvalidFieldError, OutOfOrderError
 from optimd.v1 import job_pb2, state_dict_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import Frame, MalformedMessageError, decode

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
+
 from optimd.server.errors import RequestError
 from optimd.v1 import errors_pb2
 from optimd.wire.reasons import ERROR_TRAILER, STATUS_OF_REASON, encode_reason

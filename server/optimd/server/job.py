@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import Any, Final, Literal
 
 import torch
+
 from optimd.server import update
 from optimd.server.aggregation import Decision, SyncAggregator, Worker
 from optimd.server.errors import (
@@ -108,7 +109,7 @@ class Job:
             streaming=settings.apply == "streaming",
         )
         self._readers: set[ReadHold] = set()
-        self._growing: Member | None = None
+        self._bringing: Member | None = None
 
     # --- who is in it
 
@@ -154,7 +155,7 @@ class Job:
         with self._changed:
             self._check_free_locked(member.worker)
             self._wait_locked(
-                lambda: not self._aggregator.is_open and self._growing is None,
+                lambda: not self._aggregator.is_open and self._bringing is None,
                 self.settings.timeout_s,
                 lambda: f"the open step still waits for {self._missing_locked()}",
             )
@@ -175,8 +176,8 @@ class Job:
         """A worker's stream has ended, in good order or not. Waits for readers; may be called more than once."""
         with self._changed:
             member.alive = False
-            if self._growing is member:
-                self._growing = None
+            if self._bringing is member:
+                self._bringing = None
             if self._members.get(member.worker) is member:
                 self._wait_for_readers_locked()
                 decisions = self._aggregator.leave(member.worker)
@@ -221,7 +222,7 @@ class Job:
         with self._changed:
             if self._aggregator.is_open:
                 raise OutOfOrderError("a param group cannot be added while a step is open")
-            self._growing = member
+            self._bringing = member
             buckets: list[Bucket] = []
             first = len(self.store.parameters)
             offset = 0
@@ -243,8 +244,8 @@ class Job:
     def grown(self, member: Member) -> None:
         """The values of the groups that a worker added are in place."""
         with self._changed:
-            if self._growing is member:
-                self._growing = None
+            if self._bringing is member:
+                self._bringing = None
             if self.phase is JobPhase.CREATING:
                 self.phase = JobPhase.READY
             self._changed.notify_all()
@@ -258,7 +259,7 @@ class Job:
         """
         with self._changed:
             self._wait_locked(
-                lambda: self._growing is None,
+                lambda: self._bringing is None,
                 self.settings.timeout_s,
                 lambda: "another worker is still uploading its new param group",
             )
@@ -266,7 +267,7 @@ class Job:
             if group not in (len(self.groups), len(self.groups) - 1):
                 raise OutOfOrderError(f"group {group} cannot follow the job's {len(self.groups)} groups")
             if group == len(self.groups):
-                self._growing = member
+                self._bringing = member
                 return False
             known = self.group_parameters(group)
             first = len(self.store.parameters) - self.group_sizes[group]
@@ -301,7 +302,7 @@ class Job:
         """
         with self._changed:
             self._wait_locked(
-                lambda: (self._aggregator.is_formed and self._growing is None) or not member.alive,
+                lambda: (self._aggregator.is_formed and self._bringing is None) or not member.alive,
                 self.settings.join_timeout_s,
                 lambda: (
                     f"{len(self._aggregator.live)} of {self.settings.world_size} workers have joined; start the "
@@ -416,7 +417,9 @@ class Job:
                 self._changed.notify_all()
 
     def begin_load(self, member: Member, *, digest: bytes, load_count: int, force: bool) -> bool:
-        """A worker brings a state_dict.
+        """A worker brings a state_dict. Waits while another one does.
+
+        Where its content is needed, no other worker may begin a push or bring anything until `finish_load`.
 
         Returns:
             Whether its content is needed: False where another worker has loaded the same.
@@ -426,6 +429,12 @@ class Job:
             LoadNeedsForceError: it would replace the state of a job with steps and other workers.
         """
         with self._changed:
+            self._wait_locked(
+                lambda: self._bringing is None,
+                self.settings.timeout_s,
+                lambda: "another worker is still uploading what it loads",
+            )
+            self._check_alive_locked(member)
             if load_count == self.load_count and self.load_count:
                 if digest != self._load_digest:
                     raise JobMismatchError(
@@ -447,6 +456,7 @@ class Job:
                     f"job {self.name!r} has {self.step} steps behind it and {len(self._members) - 1} other workers; "
                     "load_state_dict(..., force=True) replaces its state for all of them"
                 )
+            self._bringing = member
             return True
 
     def finish_load(
@@ -456,29 +466,27 @@ class Job:
         groups: list[dict[str, Any]],
         *,
         digest: bytes,
-        load_count: int,
     ) -> int:
-        """Puts a staged state in force.
+        """Puts the state that a worker brought in force. Waits for readers.
 
         Returns:
             How often a state_dict has been loaded, this one included.
 
         Raises:
-            JobMismatchError: another worker was faster.
             UpdateRefusedError: torch, or a server, cannot step with a group's options.
         """
         self._check_options(groups)
         with self._changed:
             self._wait_for_readers_locked()
             self._check_alive_locked(member)
-            if self._aggregator.is_open or load_count != self.load_count + 1:
-                raise JobMismatchError("the job went on while the state_dict was on its way")
             self.store.replace_state(staged)
             self.groups = [dict(group) for group in groups]
             for other in self._members.values():
                 other.groups = [dict(group) for group in groups]
             self.load_count += 1
             self._load_digest = digest
+            self._bringing = None
+            self._changed.notify_all()
             return self.load_count
 
     # --- all below with self._changed held
@@ -538,5 +546,4 @@ class Job:
             raise OutOfOrderError("the worker has left the job")
 
     def _missing_locked(self) -> str:
-        missing = self._aggregator.missing()
-        return "ranks " + ", ".join(str(worker.rank) for worker in missing) if missing else "nobody"
+        return "rank " + ", ".join(str(worker.rank) for worker in self._aggregator.missing())

@@ -7,6 +7,7 @@ import logging
 import threading
 
 import torch
+
 from optimd.server.errors import (
     JobDeletedError,
     JobExistsError,

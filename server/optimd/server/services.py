@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import grpc
 import torch
+
 from optimd.server import update
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
 from optimd.server.job import Job

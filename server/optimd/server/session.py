@@ -241,7 +241,7 @@ class TrainSession:
         load_count = message.load_count
         if needed:
             groups, staged = self._receive_state(job)
-            load_count = job.finish_load(member, staged, groups, digest=message.digest, load_count=message.load_count)
+            load_count = job.finish_load(member, staged, groups, digest=message.digest)
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
     def _receive_state(self, job: Job) -> tuple[list[dict[str, Any]], StagedState]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from optimd.v1 import admin_service_pb2, optimizer_service_pb2
 
 _SERVICES = (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from optimd.server import update
 from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Worker

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from optimd.server import update
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, Parameter

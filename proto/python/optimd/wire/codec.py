@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
+
 from optimd.wire.limits import MAX_MESSAGE_BYTES
 
 _PAYLOAD_FIELD: Final = 15

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+
 from optimd.v1 import tensor_pb2
 
 _DTYPES: Final[dict[torch.dtype, tensor_pb2.Dtype]] = {

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from optimd.v1 import tensor_pb2
 from optimd.wire.dtypes import decode_dtype, encode_dtype
 from optimd.wire.limits import MAX_BUCKET_SLICES, MAX_PARAMETER_DIMS, SLICE_ALIGNMENT

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from google.protobuf.message import Message
+
 from optimd.wire.limits import PAGE_BYTES
 
 M = TypeVar("M", bound=Message)

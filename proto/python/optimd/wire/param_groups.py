@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+
 from optimd.v1 import param_group_pb2
 
 # `params` are tensors and `param_names` travel with the parameters they name.
