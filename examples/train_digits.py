@@ -9,6 +9,7 @@ script goes on where the job stands.
 """
 
 import argparse
+import math
 import os
 
 import torch
@@ -62,7 +63,9 @@ def main():
     with Adam(model.parameters(), lr=3e-3, server=args.server, job=args.job) as optimizer:
         # A fresh job starts at 0; a restarted worker takes up its data and its schedule where it left them.
         start = optimizer.next_sequence
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, last_epoch=start - 1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2, last_epoch=start - 1
+        )
         for step in range(start, total):
             epoch, batch = divmod(step, batches)
             if batch == 0 or step == start:

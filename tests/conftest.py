@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests run several processes on few cores; torch's threads would wait for each other there. Children inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     source = Path(optimd.client.__file__)
     if config.getoption("--against-wheel") and ROOT / "client" in source.parents:
         raise pytest.UsageError(f"optimd comes from the source tree: {source}")

@@ -45,6 +45,7 @@ def run_script(script: str, folder: Path, **environment: str) -> subprocess.Pope
     path.write_text(textwrap.dedent(script))
     return subprocess.Popen(
         [sys.executable, str(path)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -103,22 +103,18 @@ def test_each_kernel_has_torchs_bits_in_both_apply_modes(
 ) -> None:
     """The kernel that the user chose runs on the server; bfloat16 loops run on whole parameters there."""
     ours, theirs = awkward_pair(dtype)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # bfloat16 loops depend on how torch splits a tensor between threads
-    try:
-        with Adam(
-            ours.parameters(),
-            lr=1e-2,
-            server=server.address,
-            options=ProxyOptions(apply=apply, bucket_bytes=4096),
-            **options,
-        ) as remote:
-            local = torch.optim.Adam(theirs.parameters(), lr=1e-2, **options)
-            train_both_flat((ours, remote), (theirs, local), 25)
-            assert_equal_parameters(ours, theirs)
-            assert_equal_states(remote, local)
-    finally:
-        torch.set_num_threads(threads)
+    # bfloat16 loops depend on how torch splits a tensor between threads: all tests run with one.
+    with Adam(
+        ours.parameters(),
+        lr=1e-2,
+        server=server.address,
+        options=ProxyOptions(apply=apply, bucket_bytes=4096),
+        **options,
+    ) as remote:
+        local = torch.optim.Adam(theirs.parameters(), lr=1e-2, **options)
+        train_both_flat((ours, remote), (theirs, local), 25)
+        assert_equal_parameters(ours, theirs)
+        assert_equal_states(remote, local)
 
 
 def train_both_flat(

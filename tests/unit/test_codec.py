@@ -215,6 +215,29 @@ def test_a_field_that_looks_like_the_payload_inside_another_is_not_taken_for_it(
     assert bytes(frame.payload) == b"payload"
 
 
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        pytest.param(varint(14 << 3 | VARINT) + varint(2**63), id="varint"),
+        pytest.param(varint(14 << 3 | FIXED64) + b"\0\0\0\0\0\0\0\x7a", id="8 bytes"),
+        pytest.param(varint(14 << 3 | FIXED32) + b"\0\0\0\x7a", id="4 bytes"),
+        pytest.param(delimited(14, b"\x7a" * 200), id="bytes"),
+    ],
+)
+def test_fields_of_a_newer_peer_before_the_payload_cost_no_copy(unknown: bytes) -> None:
+    """They are skipped by their wire type; 121 bytes are what a walk that is one byte off would fall for."""
+    data = STEP_END + unknown + delimited(PAYLOAD, b"p" * 121)
+    assert_decodes_as_protobuf_parses(TrainRequest, data)
+    _, frame = decode(TrainRequest, data)
+    assert frame.payload.obj is data
+
+
+def test_a_value_behind_a_long_tag_is_not_taken_for_the_payload_s_tag() -> None:
+    """The value 0x7a of field 16, read as a tag, would make the rest a payload of 122 bytes."""
+    data = varint(16 << 3 | VARINT) + b"\x7a" + delimited(PAYLOAD, b"p" * 121)
+    assert_decodes_as_protobuf_parses(TrainRequest, data)
+
+
 @many
 @given(message=requests, payload=payloads, data=st.data())
 def test_truncated_messages_are_refused_as_protobuf_refuses_them(

@@ -185,9 +185,12 @@ def test_a_parameter_fills_what_the_one_before_it_left() -> None:
 
 def test_a_parameter_that_fits_exactly_is_not_split() -> None:
     """The boundary itself belongs to the bucket, and an empty parameter still fits into a full one."""
-    members = [(0, parameter(256)), (1, parameter(0)), (2, parameter())]
+    members = [(0, parameter(100)), (1, parameter(156)), (2, parameter(0)), (3, parameter())]
     buckets = cut_buckets(members, group=0, first_id=0, bucket_bytes=1024)
-    assert [bucket.slices for bucket in buckets] == [(Slice(0, 0, 256), Slice(1, 0, 0)), (Slice(2, 0, 1),)]
+    assert [bucket.slices for bucket in buckets] == [
+        (Slice(0, 0, 100), Slice(1, 0, 156), Slice(2, 0, 0)),
+        (Slice(3, 0, 1),),
+    ]
 
 
 def test_dtypes_are_cut_one_after_another() -> None:

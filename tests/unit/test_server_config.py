@@ -106,7 +106,7 @@ def test_a_config_cannot_be_changed_nor_given_by_position() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ServerConfig().threads = 2  # type: ignore[misc]
     with pytest.raises(TypeError):
-        ServerConfig("127.0.0.1:1")  # type: ignore[misc]
+        ServerConfig("127.0.0.1:1")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -49,6 +49,8 @@ def demo(
     """
     console = Console()
     digits = load_digits()
+    # A net this small gains nothing from more, and beside a busy neighbour torch's threads wait for each other.
+    torch.set_num_threads(1)
     with _server(server) as (address, pid):
         where = f"process {pid}, " if pid is not None else ""
         console.print(f"The optimizer lives in {where}at {address}; this is process {os.getpid()}.")

@@ -1,0 +1,187 @@
+"""The `optimd` command, as its user types it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from torch import nn
+from typer.testing import CliRunner
+
+from optimd.cli.app import app
+from optimd.client import Adam, ProxyOptions
+from optimd.server import Server, ServerConfig
+from tests.support import in_threads, running_server
+
+OPTIMD = Path(sys.executable).parent / "optimd"
+
+
+def optimd(*arguments: str) -> tuple[int, str]:
+    """Runs the command in this process: its status, and what it wrote."""
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120", "TERM": "dumb"})
+    return result.exit_code, result.output
+
+
+def stepped(server: Server, name: str) -> Adam:
+    p = nn.Parameter(torch.ones(1000))
+    optimizer = Adam([p], server=server.address, job=name)
+    p.grad = torch.ones(1000)
+    optimizer.step()
+    return optimizer
+
+
+def test_the_demo_trains_both_ways_to_equal_weights() -> None:
+    """Through the installed command; the table says where the state was and how much it took."""
+    ended = subprocess.run(
+        [str(OPTIMD), "demo", "--epochs=15"], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "bit-equal" in ended.stdout
+    accuracies = [float(text) for text in re.findall(r"(\d+\.\d+)%", ended.stdout)]
+    assert len(accuracies) == 2
+    assert accuracies[0] == accuracies[1] >= 97
+    assert "server process" in ended.stdout
+    assert "330/330" in ended.stdout
+
+
+def test_the_demo_can_use_a_running_server_and_leaves_it_as_it_was(server: Server) -> None:
+    """One epoch; its job is gone afterwards."""
+    status, output = optimd("demo", "--epochs=1", "--server", server.address)
+    assert status == 0, output
+    assert "bit-equal" in output
+    assert server.registry.all() == []
+
+
+def test_jobs_are_listed_shown_and_deleted(server: Server) -> None:
+    """For a person and as JSON."""
+    at = ("--server", server.address)
+    assert "no jobs" in optimd("jobs", "list", *at)[1]
+    with stepped(server, "alpha"):
+        status, output = optimd("jobs", "list", *at)
+        assert status == 0
+        assert re.search(r"alpha\D+1\D+1\D+1,000", output), output
+        summary = json.loads(optimd("jobs", "list", *at, "--json")[1])["jobs"][0]
+        assert (summary["job"], summary["step"], summary["state_bytes"]) == ("alpha", "1", "8000")
+        assert "streaming apply" in optimd("jobs", "show", "alpha", *at)[1]
+        shown = json.loads(optimd("jobs", "show", "alpha", *at, "--json")[1])
+        assert shown["workers"][0]["pushes"] == "1"
+        assert int(shown["workers"][0]["bytes_received"]) > 4000
+        assert shown["param_groups"][0]["adam"]["betas"] == {"beta1": 0.9, "beta2": 0.999}
+        status, output = optimd("jobs", "delete", "alpha", *at)
+        assert (status, "has 1 workers in it; force ends them" in output) == (2, True)
+    assert optimd("jobs", "delete", "alpha", *at)[0] == 0
+    status, output = optimd("jobs", "show", "alpha", *at)
+    assert (status, output.strip()) == (2, "optimd: there is no job 'alpha' on this server")
+
+
+def test_a_deleted_job_ends_its_workers_steps_with_the_reason(server: Server) -> None:
+    """A worker that waits for another is told at once."""
+    from optimd.client import JobDeletedError
+
+    def work(rank: int) -> str:
+        options = ProxyOptions(rank=rank, world_size=2)
+        p = nn.Parameter(torch.ones(4))
+        with Adam([p], server=server.address, job="doomed", options=options) as optimizer:
+            p.grad = torch.ones(4)
+            optimizer.step()
+            if rank == 1:
+                assert optimd("jobs", "delete", "doomed", "--force", "--server", server.address)[0] == 0
+            with pytest.raises(JobDeletedError, match="'doomed' was deleted"):
+                optimizer.step()
+        return "told"
+
+    assert in_threads(work, 2) == ["told", "told"]
+
+
+def test_more_jobs_than_a_page_are_all_listed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command asks until there is no next page."""
+    monkeypatch.setattr("optimd.server.services._MAX_PAGE", 2)
+    optimizers = [stepped(server, f"job-{number}") for number in range(5)]
+    names = [job["job"] for job in json.loads(optimd("jobs", "list", "--server", server.address, "--json")[1])["jobs"]]
+    assert names == [f"job-{number}" for number in range(5)]
+    for optimizer in optimizers:
+        optimizer.close()
+
+
+def test_no_server_is_one_sentence_and_status_2() -> None:
+    """With the remedy."""
+    status, output = optimd("jobs", "list", "--server", "127.0.0.1:1")
+    assert status == 2
+    assert output.strip() == (
+        "optimd: no optimd server answers at 127.0.0.1:1; start one with `optimd serve`, or name it with --server"
+    )
+
+
+def test_serve_that_cannot_start_is_one_sentence_and_status_2() -> None:
+    """The settings are checked before anything is started."""
+    status, output = optimd("serve", "--address", "0.0.0.0:1")
+    assert (status, "pass --insecure" in output, output.count("\n")) == (2, True, 1)
+
+
+def test_both_ways_to_start_a_server_have_the_same_settings() -> None:
+    """`optimd serve` and `python -m optimd.server` take every field of ServerConfig, and show its help."""
+    from optimd.server.__main__ import _parser
+
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    typed = {option.name for option in command.params}
+    plain = {action.dest for action in _parser()._actions}
+    settings = {setting.name for setting in fields(ServerConfig)}
+    assert typed == settings | {"log_level", "log_format"}
+    assert settings <= plain
+    helps = {option.name: option.help for option in command.params}
+    assert all(helps[name] == ServerConfig.help_of(name) for name in settings)
+
+
+def test_version_says_what_is_installed() -> None:
+    """Three versions on a line."""
+    assert re.fullmatch(r"optimd [\d.]+\S*, torch \S+, grpcio [\d.]+\n", optimd("version")[1])
+
+
+def test_health_and_reflection_answer_for_both_services() -> None:
+    """What orchestrators and grpcurl ask."""
+    with running_server(health=True) as server, grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "optimd.v1.OptimizerService", "optimd.v1.AdminService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        listed = next(reflection.ServerReflectionInfo(requests, timeout=10)).list_services_response.service
+        assert {"optimd.v1.OptimizerService", "optimd.v1.AdminService"} <= {service.name for service in listed}
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_the_log_is_json_on_request(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object a line, with the level and, for errors, the traceback."""
+    from optimd.cli.logs import LogFormat, LogLevel, configure
+
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        configure(LogFormat(log_format), LogLevel.INFO)
+        error = ZeroDivisionError()
+        logging.getLogger("optimd.server.test").error("job %s: failed", "x", exc_info=error)
+    finally:
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+        for handler in before:
+            root.addHandler(handler)
+        root.setLevel(level)
+    output = capsys.readouterr().err
+    assert "ZeroDivisionError" in output
+    if log_format == "json":
+        record = json.loads(output)
+        assert (record["event"], record["level"]) == ("job x: failed", "error")
+    else:
+        assert "job x: failed" in output
