@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def running_server(**settings: object) -> Iterator[Server]:
+def running_server(**settings: Any) -> Iterator[Server]:
     """A server in this process, on a free loopback port, until the block ends."""
     config = ServerConfig(**{"address": "127.0.0.1:0", "threads": 1, "health": False, **settings})
     threads = torch.get_num_threads()
