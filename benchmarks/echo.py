@@ -72,7 +72,7 @@ def main() -> None:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     server = grpc.server(ThreadPoolExecutor(_THREADS), options=_SERVER_OPTIONS)
-    handlers = {_METHOD: grpc.stream_stream_rpc_method_handler(_echo)}
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {_METHOD: grpc.stream_stream_rpc_method_handler(_echo)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     for address in parsed.addresses:
         server.add_insecure_port(address)

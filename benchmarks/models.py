@@ -104,6 +104,11 @@ def build(name: str) -> Model:
     return _MODELS[name]()
 
 
+def compute_gradients(model: Model, step: int) -> None:
+    """A backward from the loss of `step`: adds to the gradients that are there."""
+    torch.autograd.backward(model.loss(step))
+
+
 def parameter_count(model: Model) -> int:
     """The number of elements of all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import grpc
 import torch
 
-from benchmarks.memory import ALLOWANCE_BYTES, MB, MemoryUse, Peak
+from benchmarks.memory import ALLOWANCE_BYTES, MB, SERVER_MARK, WORKER_MARK, MemoryUse
 from benchmarks.step_time import LOCAL, TRANSPORTS, StepTimes, echo_over, optimd_over
 
 
@@ -69,26 +70,22 @@ def memory_table(measured: MemoryUse) -> Table:
             peak.role,
             f"{peak.bytes / MB:,.1f}",
             f"{peak.bytes / peak.parameters:.2f}",
-            *_against_mark(peak),
+            f"{(peak.bytes - peak.tensor_bytes) / MB:,.1f}",
+            "" if peak.mark_bytes is None else f"{peak.mark_bytes / MB:,.1f}",
+            {True: "yes", False: "NO", None: ""}[peak.holds],
         )
         for peak in measured.peaks
     ]
     workers = "1 worker" if measured.workers == 1 else f"{measured.workers} synchronous workers"
+    allowance = f"{ALLOWANCE_BYTES / MB:.0f} MB"
     return Table(
         f"Peak memory, {measured.model}: {measured.parameters:,} parameters, {workers}",
-        ("", "MB", "bytes/parameter", "mark", "MB over mark's bytes/parameter", "holds"),
+        ("", "MB", "bytes/parameter", "MB beside tensors", "mark MB", "holds"),
         rows,
         f"Upload and {measured.steps} steps, above the {measured.baseline_bytes / MB:.0f} MB of a process that has "
-        "imported torch and grpc.",
+        f"imported torch and grpc.\nMarks: server {SERVER_MARK} bytes/parameter + {allowance} (1 worker), worker "
+        f"{WORKER_MARK} bytes/parameter + {allowance}.",
     )
-
-
-def _against_mark(peak: Peak) -> tuple[str, str, str]:
-    if peak.mark_bytes_per_parameter is None:
-        return "", "", ""
-    over = peak.bytes - peak.mark_bytes_per_parameter * peak.parameters
-    mark = f"{peak.mark_bytes_per_parameter} bytes/parameter + {ALLOWANCE_BYTES / MB:.0f} MB"
-    return mark, f"{over / MB:+,.1f}", "yes" if peak.holds else "NO"
 
 
 def as_json(steps: Iterable[StepTimes], memory: Iterable[MemoryUse]) -> dict[str, Any]:
@@ -96,15 +93,7 @@ def as_json(steps: Iterable[StepTimes], memory: Iterable[MemoryUse]) -> dict[str
     return {
         "environment": environment(),
         "step_time": [asdict(measured) for measured in steps],
-        "memory": [
-            asdict(measured)
-            | {
-                "peaks": [
-                    asdict(peak) | {"mark_bytes": peak.mark_bytes, "holds": peak.holds} for peak in measured.peaks
-                ]
-            }
-            for measured in memory
-        ],
+        "memory": [asdict(measured) for measured in memory],
     }
 
 
@@ -125,10 +114,11 @@ def show(table: Table) -> None:
         box=box.SIMPLE_HEAD,
     )
     for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if index else "left", no_wrap=not index)
+        drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
-    Console().print(drawn)
+    # Where nobody looks on, a file say, lines may be longer than rich would guess.
+    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
 
 
 def _show_plainly(table: Table) -> None:

@@ -1,4 +1,4 @@
-"""How long a step takes: a local Adam, the daemon over a Unix socket and over TCP, and a bare echo of the same bytes."""
+"""How long a step takes: a local Adam, the daemon over two transports, and a bare echo of the same bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.echo import EchoStream, messages_of
-from benchmarks.servers import echo_server, loopback_address, optimd_server, unix_address
+from benchmarks.processes import echo_server, loopback_address, optimd_server, unix_address
 from benchmarks.timing import Contender, Times, take_turns
 from optimd.client import Adam
 
@@ -114,7 +114,7 @@ def _measure_model(rounds: Rounds, servers: _Servers) -> StepTimes:
 def _stepping(name: str, model: models.Model, optimizer: torch.optim.Adam) -> Contender:
     def prepare(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        model.loss(number).backward()
+        models.compute_gradients(model, number)
 
     return Contender(name, optimizer.step, prepare)
 

@@ -1,35 +1,46 @@
-"""One worker as a program: trains a model for some steps and prints what it took as JSON."""
+"""One worker as a program: trains a model for some steps and prints its peak memory as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from benchmarks import models
-from benchmarks.memory import peak_bytes, reset_peak
+from benchmarks.processes import peak_bytes, reset_peak
 from optimd.client import Adam, ProxyOptions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=__doc__)
-    parser.add_argument("--server", required=True, help="where the server listens")
     parser.add_argument("--model", required=True, choices=models.NAMES)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--server", help="where the server listens; without it, torch's own Adam steps here")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--world-size", type=int, default=1)
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     model = models.build(parsed.model)
     reset_peak("self")
-    options = ProxyOptions(rank=parsed.rank, world_size=parsed.world_size, worker_id=f"worker-{parsed.rank}")
-    with Adam(model.parameters(), server=parsed.server, job="benchmark", options=options) as optimizer:
+    with _optimizer(model, parsed.server, parsed.rank, parsed.world_size) as optimizer:
         for step in range(parsed.steps):
             optimizer.zero_grad(set_to_none=True)
-            model.loss(step).backward()
+            models.compute_gradients(model, step)
             optimizer.step()
         print(json.dumps({"peak_bytes": peak_bytes("self"), "parameters": models.parameter_count(model)}))
+
+
+@contextmanager
+def _optimizer(model: models.Model, server: str | None, rank: int, world_size: int) -> Iterator[torch.optim.Adam]:
+    if server is None:
+        yield torch.optim.Adam(model.parameters(), fused=True)
+        return
+    options = ProxyOptions(rank=rank, world_size=world_size, worker_id=f"worker-{rank}")
+    with Adam(model.parameters(), server=server, job="benchmark", options=options) as remote:
+        yield remote
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Servers as child processes: started, awaited until they take calls, and stopped however a benchmark ends."""
+"""Child processes: servers that are stopped however a benchmark ends, and what a process takes of the memory.
+
+A process's peak is the kernel's figure, `VmHWM` of /proc/PID/status: the highest resident set so far.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import select
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -43,7 +47,7 @@ def loopback_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def optimd_server(address: str) -> Iterator[ServerProcess]:
     """An optimizer daemon with one torch thread, on the CPU.
 
@@ -55,7 +59,7 @@ def optimd_server(address: str) -> Iterator[ServerProcess]:
         yield server
 
 
-@contextmanager
+@contextlib.contextmanager
 def echo_server(*addresses: str) -> Iterator[ServerProcess]:
     """A server that sends every message back as it came.
 
@@ -66,7 +70,75 @@ def echo_server(*addresses: str) -> Iterator[ServerProcess]:
         yield server
 
 
-@contextmanager
+def run_program(*arguments: str, timeout_s: float) -> str:
+    """Runs this interpreter with `arguments` to its end. Blocks.
+
+    Returns:
+        What it wrote to stdout.
+
+    Raises:
+        subprocess.SubprocessError: it failed or took too long; what it said is on stderr.
+    """
+    return finish(start_program(*arguments), timeout_s=timeout_s)
+
+
+def start_program(*arguments: str) -> subprocess.Popen[str]:
+    """Starts this interpreter with `arguments`. Does not wait."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def finish(process: subprocess.Popen[str], *, timeout_s: float) -> str:
+    """Waits for a started program.
+
+    Returns:
+        What it wrote to stdout.
+
+    Raises:
+        subprocess.SubprocessError: it failed or took too long, and is dead now.
+    """
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return output
+
+
+def peak_bytes(pid: int | str) -> int:
+    """The highest resident set of a process since its start, or since `reset_peak`.
+
+    Args:
+        pid: Its id, or "self".
+
+    Raises:
+        RuntimeError: the system does not say.
+    """
+    return parse_peak(Path(f"/proc/{pid}/status").read_text())
+
+
+def parse_peak(status: str) -> int:
+    """The highest resident set in the text of a /proc/PID/status, in bytes.
+
+    Raises:
+        RuntimeError: it is not there.
+    """
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("the system does not say what a process took at its peak (no VmHWM in /proc/PID/status)")
+    return int(found[1]) * 1024
+
+
+def reset_peak(pid: int | str) -> None:
+    """Has the peak count from now on, where the system permits it; else it goes on counting from the start."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
 def _serving(arguments: Sequence[str], addresses: tuple[str, ...]) -> Iterator[ServerProcess]:
     ready, ready_of_child = os.pipe()
     try:
