@@ -100,13 +100,13 @@ def test_only_half_precision_without_the_fused_kernel_depends_on_the_split(dtype
 def test_a_differentiable_step_is_refused() -> None:
     """On every device: the graph is the worker's."""
     for device in (CPU, CUDA):
-        assert "autograd graph" in (update.refusal(options(differentiable=True), device) or "")
+        assert "autograd graph" in (update.refusal(options(differentiable=True), torch.float32, device) or "")
 
 
 def test_a_capturable_step_is_refused_on_a_cpu_only() -> None:
     """As torch refuses it there."""
-    assert "CUDA" in (update.refusal(options(capturable=True), CPU) or "")
-    assert update.refusal(options(capturable=True), CUDA) is None
+    assert "CUDA" in (update.refusal(options(capturable=True), torch.float32, CPU) or "")
+    assert update.refusal(options(capturable=True), torch.float32, CUDA) is None
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_a_capturable_step_is_refused_on_a_cpu_only() -> None:
 )
 def test_everything_else_is_not_refused(changes: dict[str, Any]) -> None:
     """A scheduler may set odd values."""
-    assert update.refusal(options(**changes), CPU) is None
-    assert update.refusal(options(**changes), CUDA) is None
+    assert update.refusal(options(**changes), torch.float32, CPU) is None
+    assert update.refusal(options(**changes), torch.float32, CUDA) is None
 
 
 @pytest.mark.parametrize("kernel", [{"fused": True}, {"foreach": True}, LOOP], ids=["fused", "foreach", "loop"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,7 @@ class Sync:
         if self.reduction not in ("mean", "sum"):
             raise ConfigurationError(f'Sync(reduction={self.reduction!r}): "mean" or "sum" is needed')
         for name in ("timeout_s", "join_timeout_s"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
                 raise ConfigurationError(f"Sync({name}={getattr(self, name)}): a positive number of seconds is needed")
 
 
@@ -90,7 +91,7 @@ class ProxyOptions:
             raise ConfigurationError(
                 f"ProxyOptions(bucket_bytes={self.bucket_bytes}): {MIN_BUCKET_BYTES} to {MAX_BUCKET_BYTES} is needed"
             )
-        if not self.retry_timeout_s > 0:
+        if not 0 < self.retry_timeout_s <= threading.TIMEOUT_MAX:
             raise ConfigurationError(
                 f"ProxyOptions(retry_timeout_s={self.retry_timeout_s}): a positive number of seconds is needed"
             )

@@ -105,18 +105,28 @@ class SyncAggregator:
         self._formed = self._formed or len(self._live) >= self.world_size
 
     def leave(self, worker: Worker) -> list[Decision]:
-        """A worker has left, in good order or not. Unknown workers are ignored."""
+        """A worker has left, in good order or not. Unknown workers are ignored.
+
+        Where nobody is left, a step of which buckets have been applied is closed: the rest of what was pushed is
+        applied too, since nothing could take the applied ones back. A step of which nothing has been applied is
+        abandoned.
+        """
         if worker not in self._live:
             return []
         self._live.discard(worker)
         if worker in self._begun and worker not in self._ended:
             self._lost.add(worker)
-        decisions = self._advance()
-        if not self._live:
-            if self._begun:
-                decisions.append(self._close_without_workers())
-            self._formed = False
-        return decisions
+        self._formed = self._formed and bool(self._live)
+        if not self._live and self._begun and not self._applied:
+            abandon = Abandon(tuple(sorted(self._begun)))
+            self._reset()
+            return [abandon]
+        return self._advance()
+
+    def forget_step(self, step: int) -> None:
+        """Drops the open step, which could not be applied: `step` steps are committed, and nobody has begun a push."""
+        self.step = step
+        self._reset()
 
     def begin(self, worker: Worker) -> None:
         """A worker begins its push. The job is formed, the worker live, and it has not begun one."""
@@ -126,24 +136,26 @@ class SyncAggregator:
 
     def push(self, worker: Worker, bucket_id: int) -> list[Decision]:
         """A worker has pushed a bucket: once in a step, between `begin` and `end`."""
-        pushed = self._pushed.setdefault(bucket_id, set())
-        if worker not in self._begun or worker in self._ended or worker in pushed:
+        if not self._is_pushing(worker) or worker in self._pushed.get(bucket_id, ()):
             raise RuntimeError(f"{worker} cannot push bucket {bucket_id}")
-        pushed.add(worker)
+        self._pushed.setdefault(bucket_id, set()).add(worker)
         if self.streaming and self._is_complete(bucket_id):
             return [self._apply(bucket_id)]
         return []
 
     def end(self, worker: Worker) -> list[Decision]:
         """A worker has pushed all it had."""
-        if worker not in self._begun or worker in self._ended:
+        if not self._is_pushing(worker):
             raise RuntimeError(f"{worker} cannot end a push")
         self._ended.add(worker)
         return self._advance()
 
+    def _is_pushing(self, worker: Worker) -> bool:
+        return worker in self._live and worker in self._begun and worker not in self._ended
+
     def _advance(self) -> list[Decision]:
         """What follows from a change of who is live or has ended."""
-        if not self._begun or not self._live:
+        if not self._begun:
             return []
         step_complete = self._live <= self._ended
         decisions: list[Decision] = []
@@ -171,14 +183,6 @@ class SyncAggregator:
         commit = Commit(self.step, tuple(sorted(self._ended | partial)), tuple(sorted(partial)))
         self._reset()
         return commit
-
-    def _close_without_workers(self) -> Commit | Abandon:
-        """Nobody is left to complete the open step: what was applied cannot be taken back, the rest is forgotten."""
-        if self._applied:
-            return self._commit()
-        abandon = Abandon(tuple(sorted(self._begun)))
-        self._reset()
-        return abandon
 
     def _reset(self) -> None:
         self._begun.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -57,7 +58,13 @@ class ServerConfig:
         for name in ("threads", "max_job_bytes", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.socket_path is None and not self.insecure and not _is_loopback(self.host):
+        # A NaN is not negative either.
+        if not self.drain_timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"drain_timeout_s is {self.drain_timeout_s}; it must be a number of seconds")
+        if self.socket_path is not None:
+            if not self.socket_path.is_absolute():
+                raise ConfigurationError(f"{self.address!r} is not an address; write host:port or unix:///path")
+        elif not _is_loopback(self.host) and not self.insecure:
             raise ConfigurationError(
                 f"{self.address} can be reached from other hosts, and this server speaks plaintext: listen on "
                 "127.0.0.1 or unix:///path, or pass --insecure on a network that you trust"

@@ -6,9 +6,10 @@ lock. The calling threads are those of the workers' streams: the one that comple
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -32,6 +33,8 @@ from optimd.server.membership import Member, WorkerRecord
 from optimd.server.stepping import Round, Stepper
 from optimd.server.store import StagedState, Store
 from optimd.wire.layout import Bucket, Parameter, cut_buckets, first_difference
+
+_log = logging.getLogger(__name__)
 
 READER_TIMEOUT_S: Final = 60.0
 """How long a reader that takes nothing may hold up a step, in seconds."""
@@ -106,7 +109,6 @@ class Job:
             self.store,
             self._members,
             mean=settings.reduction == "mean",
-            streaming=settings.apply == "streaming",
         )
         self._readers: set[ReadHold] = set()
         self._bringing: Member | None = None
@@ -180,9 +182,13 @@ class Job:
                 self._bringing = None
             if self._members.get(member.worker) is member:
                 self._wait_for_readers_locked()
+                step = self.step
                 decisions = self._aggregator.leave(member.worker)
                 try:
-                    self._settle_locked(decisions)
+                    self._settle_locked(decisions, step)
+                except UpdateRefusedError as error:
+                    # The others hear of it in their steps; who leaves has nobody to tell.
+                    _log.warning("job %s: %s", self.name, error)
                 finally:
                     del self._members[member.worker]
                     self._changed.notify_all()
@@ -218,7 +224,10 @@ class Job:
             OutOfOrderError: a step is open.
             UpdateRefusedError: torch, or a server, cannot step with a group's options.
         """
-        self._check_options(groups)
+        offset = 0
+        for options, size in zip(groups, sizes, strict=True):
+            self._check_options(options, {parameter.dtype for parameter in parameters[offset : offset + size]})
+            offset += size
         with self._changed:
             if self._aggregator.is_open:
                 raise OutOfOrderError("a param group cannot be added while a step is open")
@@ -333,15 +342,16 @@ class Job:
         with self._changed:
             if group >= len(member.groups):
                 raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
-            self._check_options([options])
+            self._check_options(options, self._dtypes_of_locked(group))
             member.groups[group] = options
             member.speaks = True
 
-    def push(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+    def push(self, member: Member, round_: Round, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         """A worker pushes the gradients of one bucket; applies what that completes. Waits for readers.
 
         Args:
             member: The worker, between `begin` and `end`.
+            round_: What `begin` returned.
             bucket: One of the job's, which the worker has not pushed in this step.
             present: For each slice whether there is a gradient.
             payload: The gradients, flat, on the CPU. Only read, and not kept.
@@ -352,12 +362,19 @@ class Job:
         with self._changed:
             self._wait_for_readers_locked()
             self._check_alive_locked(member)
+            self._check_sound_locked(round_)
+            step = self.step
             decisions = self._aggregator.push(member.worker, bucket.bucket_id)
-            self._stepper.contribute(member.worker, bucket, present, payload, decisions)
-            if decisions:
-                self._changed.notify_all()
+            try:
+                self._stepper.contribute(member.worker, bucket, present, payload, decisions)
+            except UpdateRefusedError:
+                self._aggregator.forget_step(step)
+                raise
+            finally:
+                if decisions:
+                    self._changed.notify_all()
 
-    def end(self, member: Member) -> None:
+    def end(self, member: Member, round_: Round) -> None:
         """A worker has pushed all it had; commits the step if it was the last. Waits for readers.
 
         Raises:
@@ -366,7 +383,9 @@ class Job:
         with self._changed:
             self._wait_for_readers_locked()
             self._check_alive_locked(member)
-            self._settle_locked(self._aggregator.end(member.worker))
+            self._check_sound_locked(round_)
+            step = self.step
+            self._settle_locked(self._aggregator.end(member.worker), step)
 
     def await_progress(self, member: Member, round_: Round, seen: int) -> int:
         """Waits until more than `seen` buckets are applied or the step is committed.
@@ -386,8 +405,7 @@ class Job:
                 lambda: f"the step waits for {self._missing_locked()}",
             )
             self._check_alive_locked(member)
-            if round_.failure is not None:
-                raise UpdateRefusedError(str(round_.failure))
+            self._check_sound_locked(round_)
             return len(round_.applied)
 
     # --- its state
@@ -475,10 +493,11 @@ class Job:
         Raises:
             UpdateRefusedError: torch, or a server, cannot step with a group's options.
         """
-        self._check_options(groups)
         with self._changed:
             self._wait_for_readers_locked()
             self._check_alive_locked(member)
+            for index, options in enumerate(groups):
+                self._check_options(options, self._dtypes_of_locked(index))
             self.store.replace_state(staged)
             self.groups = [dict(group) for group in groups]
             for other in self._members.values():
@@ -491,16 +510,26 @@ class Job:
 
     # --- all below with self._changed held
 
-    def _settle_locked(self, decisions: Sequence[Decision]) -> None:
-        """Carries decisions out and makes a committed step the job's."""
-        round_ = self._stepper.carry_out(decisions)
+    def _settle_locked(self, decisions: Sequence[Decision], step: int) -> None:
+        """Carries decisions out and makes a committed step the job's. `step` were committed before."""
+        try:
+            round_ = self._stepper.carry_out(decisions)
+        except UpdateRefusedError:
+            self._aggregator.forget_step(step)
+            raise
+        finally:
+            self._changed.notify_all()
         if round_ is not None and round_.commit is not None:
             self.groups = round_.groups
             for worker in round_.commit.contributors:
                 record = self._records.setdefault(worker.worker_id, WorkerRecord())
                 record.next_sequence += 1
                 record.pushes += 1
-        self._changed.notify_all()
+
+    def _check_sound_locked(self, round_: Round) -> None:
+        """Tells every worker of a step that failed in another one's hands."""
+        if round_.failure is not None:
+            raise UpdateRefusedError(str(round_.failure))
 
     def _wait_locked(self, condition: Callable[[], bool], timeout_s: float, waiting_for: Callable[[], str]) -> None:
         arrived = self._changed.wait_for(lambda: condition() or self.phase is JobPhase.DELETED, timeout_s)
@@ -509,11 +538,15 @@ class Job:
         if not arrived:
             raise StepTimeoutError(f"job {self.name!r}: waited {timeout_s:g} s, and {waiting_for()}")
 
-    def _check_options(self, groups: Sequence[dict[str, Any]]) -> None:
-        for index, options in enumerate(groups):
-            refusal = update.refusal(options, self.store.device)
+    def _check_options(self, options: dict[str, Any], dtypes: Collection[torch.dtype]) -> None:
+        for dtype in dtypes:
+            refusal = update.refusal(options, dtype, self.store.device)
             if refusal:
-                raise UpdateRefusedError(f"param group {index}: {refusal}")
+                raise UpdateRefusedError(refusal)
+
+    def _dtypes_of_locked(self, group: int) -> set[torch.dtype]:
+        first = sum(self.group_sizes[:group])
+        return {parameter.dtype for parameter in self.store.parameters[first : first + self.group_sizes[group]]}
 
     def _wait_for_readers_locked(self) -> None:
         """Lets readers finish before anything changes. Gives up the lock: call it before looking at anything."""

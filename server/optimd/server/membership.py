@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,4 +44,9 @@ def speaker(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) 
 def disagree(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> bool:
     """Whether contributors that speak have different hyperparameters."""
     voices = [members[worker].groups for worker in contributors if worker in members and members[worker].speaks]
-    return any(groups != voices[0] for groups in voices[1:])
+    # A NaN, which a schedule may well arrive at, is not equal to itself; its text is.
+    return any(groups != voices[0] and _text(groups) != _text(voices[0]) for groups in voices[1:])
+
+
+def _text(groups: Sequence[Mapping[str, Any]]) -> str:
+    return repr([sorted(group.items()) for group in groups])

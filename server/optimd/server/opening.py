@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +67,8 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
             "WorkerIdentity.rank", f"{message.worker.rank} is not below world_size {sync.world_size}"
         )
     for name in ("timeout_s", "join_timeout_s"):
-        if not getattr(sync, name) > 0:
-            raise InvalidFieldError(f"SyncAggregation.{name}", "must be positive")
+        if not 0 < getattr(sync, name) <= threading.TIMEOUT_MAX:
+            raise InvalidFieldError(f"SyncAggregation.{name}", "must be a positive number of seconds")
     if sync.reduction not in (job_pb2.REDUCTION_MEAN, job_pb2.REDUCTION_SUM):
         raise InvalidFieldError("SyncAggregation.reduction", "must be mean or sum")
     if message.on_existing not in (

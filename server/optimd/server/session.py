@@ -210,13 +210,13 @@ class TrainSession:
                     "TensorBucket", f"{what} of bucket {bucket.bucket_id} has no place here, or came a second time"
                 )
             pushed.add(bucket.bucket_id)
-            job.push(member, bucket, present, payload)
+            job.push(member, round_, bucket, present, payload)
             # Nothing may hold the received bytes while this thread waits for the next ones.
             del message, frame, payload
             for applied, slices in round_.applied[sent:]:
                 yield _values(job, job.store.buckets[applied], slices)
                 sent += 1
-        job.end(member)
+        job.end(member, round_)
         while True:
             count = job.await_progress(member, round_, sent)
             for applied, slices in round_.applied[sent:count]:

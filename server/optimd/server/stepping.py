@@ -57,7 +57,6 @@ class Stepper:
         store: The job's tensors.
         members: The job's live workers: the job's own dict, of which this sees every change.
         mean: Whether contributions are averaged or summed.
-        streaming: Whether buckets are applied before the step is complete.
     """
 
     def __init__(
@@ -67,13 +66,11 @@ class Stepper:
         members: Mapping[Worker, Member],
         *,
         mean: bool,
-        streaming: bool,
     ) -> None:
         self._job = job
         self._store = store
         self._members = members
         self._mean = mean
-        self._streaming = streaming
         self._round: Round | None = None
         self._accumulators: dict[int, GradientAccumulator] = {}
         # Complete buckets whose kernel needs whole parameters: applied with the step's last push.
@@ -102,6 +99,20 @@ class Stepper:
         Raises:
             UpdateRefusedError: torch refuses the update.
         """
+        try:
+            self._contribute(worker, bucket, present, payload, decisions)
+        except UpdateRefusedError as error:
+            self._fail(error)
+            raise
+
+    def _contribute(
+        self,
+        worker: Worker,
+        bucket: Bucket,
+        present: list[bool],
+        payload: torch.Tensor,
+        decisions: Sequence[Decision],
+    ) -> None:
         sole = any(isinstance(decision, ApplyBucket) and decision.contributors == (worker,) for decision in decisions)
         if sole and self._splits_freely(bucket, (worker,)):
             # Nothing to add up: the update reads the gradient where it was received.
@@ -133,8 +144,7 @@ class Stepper:
                     case Abandon(lost=lost):
                         self._abandon(round_, lost)
         except UpdateRefusedError as error:
-            round_.failure = error
-            self._forget()
+            self._fail(error)
             raise
         return round_ if round_.is_over else None
 
@@ -186,13 +196,13 @@ class Stepper:
         self._settle(commit.contributors)
         self._apply_deferred(round_)
         round_.disagreed = disagree(self._members, commit.contributors)
-        if commit.partial_contributors and self._streaming:
+        if commit.partial_contributors:
             self._settle_torn_parameters(commit)
         round_.commit = commit
         self._round = None
 
     def _settle_torn_parameters(self, commit: Commit) -> None:
-        """Closes a streaming step as it stands after a worker was lost in the middle of its push."""
+        """Brings parameters to one step of which a lost worker's push, and nobody else's, reached some slices only."""
         torn = self._store.settle_partial_steps()
         if not torn:
             return
@@ -215,6 +225,13 @@ class Stepper:
         )
         round_.abandoned = True
         self._forget()
+
+    def _fail(self, error: UpdateRefusedError) -> None:
+        """Ends the round for all its workers. Buckets that were applied before stay so."""
+        if self._round is not None:
+            self._round.failure = error
+            self._store.settle_partial_steps()
+            self._forget()
 
     def _forget(self) -> None:
         for accumulator in self._accumulators.values():

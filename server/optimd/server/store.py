@@ -134,6 +134,9 @@ class Store:
         Raises:
             RuntimeError: torch refuses the options.
         """
+        reason = update.refusal(options, bucket.dtype, self.device)
+        if reason is not None:
+            raise RuntimeError(reason)
         views = self._views[bucket.bucket_id]
         names = update.state_names(options)
         for name in names:

@@ -45,12 +45,22 @@ def is_split_invariant(options: Mapping[str, Any], dtype: torch.dtype) -> bool:
     return dtype not in _HALF or uses_fused(options, dtype)
 
 
-def refusal(options: Mapping[str, Any], device: torch.device) -> str | None:
-    """Why torch would not, or a server cannot, step with `options`; None where nothing speaks against it."""
+def refusal(options: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why torch would not step with `options`, or a server cannot; None where nothing speaks against it.
+
+    torch finds these out in the middle of a step, with counters and moments already changed.
+    """
     if options["differentiable"]:
         return "differentiable=True needs the state in the worker's autograd graph; a server cannot hold it"
     if options["capturable"] and device.type == "cpu":
         return "capturable=True needs parameters on a CUDA device, and this server's are on the CPU"
+    if options["fused"] and not dtype.is_floating_point:
+        return f"fused=True needs real floating-point parameters, and this one is {dtype}"
+    if options["fused"] and options["foreach"]:
+        return "fused=True and foreach=True exclude each other"
+    beta1, beta2 = options["betas"]
+    if not uses_fused(options, dtype) and (beta1 == 1 or beta2 > 1):
+        return f"betas {(beta1, beta2)} have torch's kernel divide by zero or take the root of a negative number"
     return None
 
 
@@ -78,10 +88,14 @@ def update(
         options: One param group's options, by torch's names.
 
     Raises:
-        RuntimeError: torch refuses the combination of options and tensors.
+        RuntimeError: torch refuses the combination of options and tensors. Where `refusal` says why, nothing has
+        changed.
     """
     if not params:
         return
+    reason = refusal(options, params[0].dtype, params[0].device)
+    if reason is not None:
+        raise RuntimeError(reason)
     beta1, beta2 = options["betas"]
     fused = uses_fused(options, params[0].dtype)
     adam(

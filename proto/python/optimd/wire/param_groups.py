@@ -15,6 +15,8 @@ from optimd.v1 import param_group_pb2
 # `params` are tensors and `param_names` travel with the parameters they name.
 _NOT_OPTIONS: Final = frozenset({"params", "param_names"})
 _INT64: Final = range(-(2**63), 2**63)
+# Protobuf parsers give up at 100 nested messages, and a list in a list is two.
+_MAX_DEPTH: Final = 16
 
 RULES: Final = tuple(field.name for field in param_group_pb2.ParamGroup.DESCRIPTOR.oneofs_by_name["options"].fields)
 """The update rules that the schema has options for."""
@@ -47,7 +49,7 @@ def encode_group(
         elif value is not None:
             setattr(options, field.name, _number(value))
     for key, value in group.items():
-        if key in known or key in _NOT_OPTIONS or not isinstance(key, str):
+        if key in known or key in _NOT_OPTIONS or not isinstance(key, str) or not key.isprintable():
             continue
         encoded = _encode_extra(value)
         if encoded is not None:
@@ -89,7 +91,7 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _encode_extra(value: Any) -> param_group_pb2.ExtraValue | None:
+def _encode_extra(value: Any, depth: int = 0) -> param_group_pb2.ExtraValue | None:
     """`value` as the schema writes it; None where it cannot."""
     encoded = param_group_pb2.ExtraValue()
     match value:
@@ -103,8 +105,8 @@ def _encode_extra(value: Any) -> param_group_pb2.ExtraValue | None:
             encoded.double_value = value
         case str() if value.isprintable():
             encoded.string_value = value
-        case list() | tuple():
-            items = [_encode_extra(item) for item in value]
+        case list() | tuple() if depth < _MAX_DEPTH:
+            items = [_encode_extra(item, depth + 1) for item in value]
             if any(item is None for item in items):
                 return None
             encoded.list_value.SetInParent()

@@ -59,7 +59,11 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def flatten(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The elements of `tensor` in memory order `order`, 1-D: a view if it is dense in that order, else a copy."""
+    """The elements of `tensor` in memory order `order`, 1-D.
+
+    A contiguous view where the tensor is dense in that order. Any other gives a view if one stride describes it,
+    which then is not contiguous, else a copy.
+    """
     return tensor.permute(order).reshape(-1)
 
 

@@ -1,0 +1,235 @@
+"""A job's steps without a wire: what is left of workers that leave, and of steps that torch refuses."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from optimd.server.aggregation import Worker
+from optimd.server.errors import StepTimeoutError, UpdateRefusedError
+from optimd.server.job import Job, JobSettings
+from optimd.server.membership import Member
+from optimd.server.stepping import Round
+from optimd.wire.layout import Parameter
+
+OPTIONS = {
+    "lr": 0.1,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": False,
+}
+ELEMENTS = 256
+
+
+class Team:
+    """A job with one 512-element parameter in two buckets, and its workers by rank."""
+
+    def __init__(self, workers: int, **settings: Any) -> None:
+        self.job = Job(
+            "job",
+            JobSettings(
+                **{
+                    "world_size": workers,
+                    "reduction": "sum",
+                    "apply": "streaming",
+                    "bucket_bytes": 4 * ELEMENTS,
+                    "timeout_s": 5.0,
+                    "join_timeout_s": 5.0,
+                    "private": False,
+                    **settings,
+                }
+            ),
+            torch.device("cpu"),
+        )
+        self.members: dict[int, Member] = {}
+        self.rounds: dict[int, Round] = {}
+        self.join(0, creates=True)
+        buckets = self.job.grow(
+            self.members[0], [OPTIONS], [1], [Parameter("table", torch.float32, (2 * ELEMENTS,), (0,))]
+        )
+        for bucket in buckets:
+            self.job.store.write_values(bucket, torch.zeros(ELEMENTS))
+        self.job.grown(self.members[0])
+        for rank in range(1, workers):
+            self.join(rank)
+
+    def join(self, rank: int, *, creates: bool = False) -> None:
+        self.members[rank] = Member(Worker(rank, f"worker-{rank}"), incarnation=rank)
+        self.job.admit(self.members[rank], creates=creates)
+
+    def begin(self, rank: int) -> None:
+        self.rounds[rank] = self.job.begin(
+            self.members[rank],
+            sequence=self.job.record(f"worker-{rank}").next_sequence,
+            base_step=self.job.step,
+            group_count=1,
+            load_count=0,
+        )
+
+    def push(self, rank: int, bucket: int, value: float) -> None:
+        payload = torch.full((ELEMENTS,), value)
+        self.job.push(self.members[rank], self.rounds[rank], self.job.store.buckets[bucket], [True], payload)
+
+    def end(self, rank: int) -> None:
+        self.job.end(self.members[rank], self.rounds[rank])
+
+    def leave(self, *ranks: int) -> None:
+        for rank in ranks:
+            self.job.leave(self.members[rank])
+
+    def moment(self, bucket: int) -> float:
+        (part,) = self.job.store.read("exp_avg", self.job.store.buckets[bucket], [True])
+        return torch.frombuffer(bytearray(part), dtype=torch.float32)[0].item()
+
+
+def test_gradients_of_a_closed_step_do_not_leak_into_the_next() -> None:
+    """One bucket was applied, the other only pushed, when the last worker left: both are in the step that closes."""
+    team = Team(2)
+    for rank in (0, 1):
+        team.begin(rank)
+    team.push(0, 0, 100.0)
+    team.leave(0)
+    team.push(1, 1, 1.0)
+    team.leave(1)
+    assert team.job.step == 1
+    assert [team.job.record(f"worker-{rank}").next_sequence for rank in (0, 1)] == [1, 1]
+    assert team.moment(0) == pytest.approx(10.0)
+    assert team.moment(1) == pytest.approx(0.1)
+    for rank in (0, 1):
+        team.join(rank)
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 1.0)
+        team.end(rank)
+    assert team.job.step == 2
+    assert team.moment(0) == pytest.approx(0.9 * 10.0 + 0.1 * 2.0)
+
+
+def test_a_parameter_that_only_a_lost_worker_pushed_a_part_of_is_brought_to_one_step(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In atomic mode too; the log names it."""
+    team = Team(2, apply="atomic")
+    for rank in (0, 1):
+        team.begin(rank)
+    team.push(0, 0, 1.0)
+    team.leave(0)
+    team.end(1)
+    assert team.job.step == 1
+    assert team.job.store.steps_of(0) == [1.0, 1.0]
+    assert "partly stepped: parameter 0 (table)" in caplog.text
+
+
+def test_an_atomic_step_that_all_its_workers_left_is_discarded(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of it is in the next one."""
+    team = Team(2, apply="atomic")
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 50.0)
+    team.leave(0, 1)
+    assert team.job.step == 0
+    assert "every worker of the open step was lost" in caplog.text
+    for rank in (0, 1):
+        team.join(rank)
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 1.0)
+        team.end(rank)
+    assert team.moment(0) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("apply", ["streaming", "atomic"])
+def test_a_step_that_torch_refuses_fails_for_all_its_workers_and_commits_nothing(
+    apply: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits is told at once, who pushes next is told then; the job can go on."""
+    team = Team(2, apply=apply)
+    for rank in (0, 1):
+        team.begin(rank)
+    team.push(0, 0, 1.0)
+    team.end(0)
+    waiting: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(UpdateRefusedError, match="no such kernel") as caught:
+            team.job.await_progress(team.members[0], team.rounds[0], 0)
+        waiting.append(str(caught.value))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    with monkeypatch.context() as patched:
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("no such kernel")
+
+        patched.setattr("optimd.server.update.update", refuse)
+        with pytest.raises(UpdateRefusedError, match="no such kernel"):
+            team.push(1, 0, 1.0)
+            team.end(1)
+    waiter.join(10)
+    assert len(waiting) == 1
+    assert team.job.step == 0
+    with pytest.raises(UpdateRefusedError, match="no such kernel"):
+        team.end(1)
+    team.leave(0, 1)
+    for rank in (0, 1):
+        team.join(rank)
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 1.0)
+        team.end(rank)
+    assert team.job.step == 1
+    assert team.moment(0) == pytest.approx(0.2)
+
+
+def test_options_that_torch_would_refuse_are_refused_before_the_step() -> None:
+    """Where they arrive, and with nothing changed."""
+    team = Team(1)
+    team.begin(0)
+    with pytest.raises(UpdateRefusedError, match="divide by zero"):
+        team.job.set_hyperparameters(team.members[0], 0, {**OPTIONS, "foreach": True, "betas": (1.0, 0.9)})
+    team.push(0, 0, 1.0)
+    team.end(0)
+    assert team.job.step == 1
+
+
+def test_a_reader_holds_a_step_up_and_one_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step waits while the reader reads, and not for ever."""
+    team = Team(1)
+    team.begin(0)
+    with team.job.reading() as hold:
+        worker = threading.Thread(target=team.push, args=(0, 0, 1.0))
+        worker.start()
+        worker.join(0.2)
+        assert worker.is_alive()
+        hold.touch()
+    worker.join(10)
+    assert team.moment(0) == pytest.approx(0.1)
+    team.end(0)
+    monkeypatch.setattr("optimd.server.job.READER_TIMEOUT_S", 0.2)
+    with team.job.reading() as hold:
+        team.begin(0)
+        team.push(0, 0, 1.0)
+        with pytest.raises(StepTimeoutError, match="read again"):
+            hold.touch()
+
+
+def test_agreeing_workers_with_a_nan_do_not_disagree() -> None:
+    """A schedule may arrive at NaN; it is not equal to itself."""
+    from optimd.server.membership import disagree
+
+    workers = [Worker(rank, str(rank)) for rank in (0, 1)]
+    members = {worker: Member(worker, 0, [{"lr": float("nan"), "x": 1}], speaks=True) for worker in workers}
+    assert not disagree(members, tuple(workers))
+    members[workers[1]].groups[0]["lr"] = 1.0
+    assert disagree(members, tuple(workers))
