@@ -33,7 +33,6 @@ def serve(
 
     Jobs live in memory: they end with the server. A first signal waits for open steps, a second one does not.
     """
-    configure(log_format, log_level)
     config = ServerConfig(
         address=address,
         device=device,
@@ -45,6 +44,7 @@ def serve(
         drain_timeout_s=drain_timeout_s,
         health=health,
     )
+    configure(log_format, log_level)
     run(config, on_ready=_announce)
 
 
