@@ -1,7 +1,8 @@
 """The baseline of every figure over gRPC: a bidirectional stream that sends each message back, and nothing else.
 
-Channel and server are set up as optimd's are, so that the difference between the two is what optimd adds: framing,
-copies into and out of tensors, the update, and its bookkeeping. Run as a program, this is the server.
+Channel and server take optimd's own options (private names, since a copy would drift), so that the difference between
+the two is what optimd adds: framing, copies into and out of tensors, the update, and its bookkeeping. Run as a
+program, this is the server.
 """
 
 from __future__ import annotations

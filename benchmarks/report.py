@@ -93,7 +93,10 @@ def as_json(steps: Iterable[StepTimes], memory: Iterable[MemoryUse]) -> dict[str
     return {
         "environment": environment(),
         "step_time": [asdict(measured) for measured in steps],
-        "memory": [asdict(measured) for measured in memory],
+        "memory": [
+            asdict(measured) | {"peaks": [asdict(peak) | {"holds": peak.holds} for peak in measured.peaks]}
+            for measured in memory
+        ],
     }
 
 
