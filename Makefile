@@ -53,8 +53,9 @@ wheel: $(VENV)/.installed
 	$(BIN)/python tools/link_dependencies.py --from $(VENV) --to $(WHEEL_VENV)
 	$(BIN)/python -m pip --python $(WHEEL_VENV)/bin/python install --quiet --disable-pip-version-check --no-deps dist/optimd-*.whl
 
+# Two workers: much of the time goes into waiting for processes to start.
 test: check wheel
-	$(WHEEL_VENV)/bin/python -m pytest --against-wheel $(PYTEST_ARGS)
+	$(WHEEL_VENV)/bin/python -m pytest --against-wheel -n 2 $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

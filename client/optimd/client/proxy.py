@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, ClassVar, Self, overload
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
@@ -24,6 +26,9 @@ from optimd.client.remotestate import RemoteState
 from optimd.client.session import Session
 from optimd.client.statetransfer import RemoteEntry
 from optimd.wire.layout import Parameter
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class OptimizerProxy(Optimizer):
@@ -157,7 +162,7 @@ class OptimizerProxy(Optimizer):
         """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            super().add_param_group(param_group)
+            _untraced(super().add_param_group)(param_group)
         for warning in caught:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         try:
@@ -175,6 +180,14 @@ class OptimizerProxy(Optimizer):
             self.param_groups.pop()
             raise
 
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002  # torch's signature
+        """Clears the gradients, as torch's does. Does not reach the server.
+
+        Args:
+            set_to_none: Whether gradients become None rather than zero.
+        """
+        _untraced(super().zero_grad)(set_to_none)
+
     def state_dict(self) -> StateDict:
         """The state in torch's own form, fetched from the server: it loads into `torch.optim.Adam` and goes on there.
 
@@ -185,7 +198,7 @@ class OptimizerProxy(Optimizer):
             own = self._tensors()
             for index, entry in self._fetch().items():
                 self.state[own[index]] = entry
-            return super().state_dict()
+            return _untraced(super().state_dict)()
 
     def load_state_dict(self, state_dict: StateDict, *, force: bool = False) -> None:
         """Loads a state_dict, of this class or of torch's.
@@ -205,7 +218,7 @@ class OptimizerProxy(Optimizer):
         before = self.param_groups
         try:
             with self._state_here():
-                super().load_state_dict(state_dict)
+                _untraced(super().load_state_dict)(state_dict)
                 session.load(self.param_groups, self._entries_here(), force=force)
         except BaseException:
             self.param_groups = before
@@ -337,6 +350,18 @@ class OptimizerProxy(Optimizer):
                     )
             entries[index] = RemoteEntry(float(entry["step"]), tensors)
         return entries
+
+
+def _untraced(method: Callable[P, T]) -> Callable[P, T]:
+    """A bound method of torch's Optimizer without the wrapper that keeps torch.compile from tracing it.
+
+    The wrapper imports torch._dynamo, which takes a process 74 MB and most of a second. Where nobody has imported it,
+    nothing is being traced. A worker may be on a machine that has no memory to spare.
+    """
+    inner = getattr(method, "__wrapped__", None)
+    if inner is None or "torch._dynamo" in sys.modules:
+        return method
+    return functools.partial(inner, method.__self__)  # type: ignore[attr-defined]  # a bound method has one
 
 
 def _adopt(group: dict[str, Any], options: Mapping[str, Any]) -> None:

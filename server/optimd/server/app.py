@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 RESERVED_THREADS: Final = 8
 """Threads for health and admin calls beside those for streams: they answer while every stream is taken."""
+
+_THREAD_END_S: Final = 5.0
 
 _CHANNEL_OPTIONS: Final = (
     # Without this a second server on the same port would silently share its connections.
@@ -72,6 +75,7 @@ class Server:
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         add_AdminServiceServicer_to_server(AdminService(self.registry), self._server)
         self._health = _add_standard_services(self._server) if config.health else None
+        self._grpc_threads: list[threading.Thread] = []
         self.address = config.address
 
     def start(self) -> str:
@@ -97,7 +101,9 @@ class Server:
             raise ConfigurationError(
                 f"cannot listen on {self._config.address}: {error}; choose another with --address"
             ) from error
+        before = set(threading.enumerate())
         self._server.start()
+        self._grpc_threads = [thread for thread in threading.enumerate() if thread not in before]
         return self.address
 
     def stop(self) -> None:
@@ -110,6 +116,10 @@ class Server:
             if not job.drain(max(0.0, deadline - time.monotonic())):
                 _log.warning("job %s: stopped in the middle of step %d", job.name, job.step + 1)
         self._server.stop(grace=0.2).wait()
+        # gRPC's own threads are daemons: one that is still on its way out when the interpreter ends is torn down inside
+        # C++ code, and the process aborts instead of exiting with 0.
+        for thread in self._grpc_threads:
+            thread.join(_THREAD_END_S)
         path = self._config.socket_path
         if path is not None:
             path.unlink(missing_ok=True)

@@ -28,28 +28,33 @@ def run(config: ServerConfig, *, on_ready: Callable[[Server], None], lifeline: i
     Raises:
         ConfigurationError: the server cannot start.
     """
-    stopping = threading.Event()
+    # A pipe rather than an Event: a handler that sets an Event which its own thread is about to wait for waits for
+    # itself, and a signal that the system gives to another thread would not wake this one.
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)  # as set_wakeup_fd demands
+    received: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if stopping.is_set():
+        if received:
             os._exit(128 + number)
-        stopping.set()
+        received.append(number)
 
     server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    signal.set_wakeup_fd(waker)
     if lifeline is not None:
-        threading.Thread(target=_watch, args=(lifeline, stopping), name="optimd-lifeline", daemon=True).start()
+        threading.Thread(target=_watch, args=(lifeline, waker), name="optimd-lifeline", daemon=True).start()
     address = server.start()
     _log.info("serving on %s, device %s", address, server.device)
     on_ready(server)
-    stopping.wait()
+    os.read(wake, 1)
     _log.info("stopping")
     server.stop()
 
 
-def _watch(lifeline: int, stopping: threading.Event) -> None:
+def _watch(lifeline: int, waker: int) -> None:
     # Nothing is ever written: a read returns when the last writer is gone.
     while os.read(lifeline, 1):
         pass
-    stopping.set()
+    os.write(waker, b"\0")
