@@ -185,3 +185,40 @@ def test_the_log_is_json_on_request(log_format: str, capsys: pytest.CaptureFixtu
         assert (record["event"], record["level"]) == ("job x: failed", "error")
     else:
         assert "job x: failed" in output
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(server: Server) -> None:
+    """One job's name must not keep the others from being listed."""
+    with stepped(server, "runs[/3]"), stepped(server, "sweep[bold]"):
+        status, output = optimd("jobs", "list", "--server", server.address)
+        assert status == 0
+        assert "runs[/3]" in output
+        assert "sweep[bold]" in output
+        assert "runs[/3]" in optimd("jobs", "show", "runs[/3]", "--server", server.address)[1]
+
+
+def test_calls_that_nobody_reads_do_not_take_the_servers_threads() -> None:
+    """Health watches cost none; reads beyond the limit are refused at once, and training goes on."""
+    from optimd.v1 import reading_pb2, tensor_pb2
+    from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+
+    with running_server(max_workers=2, health=True) as server, grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(20)]
+        assert all(next(watch).status == health_pb2.HealthCheckResponse.SERVING for watch in watches)
+        p = nn.Parameter(torch.ones(4_000_000))
+        with Adam([p], server=server.address, job="large") as optimizer:
+            request = reading_pb2.ReadStateRequest(job="large", tensors=[tensor_pb2.TENSOR_KIND_PARAMETER])
+            stub = OptimizerServiceStub(channel)
+            reads = [stub.ReadState(request, timeout=60) for _ in range(2)]
+            for read in reads:
+                next(read)
+            with pytest.raises(grpc.RpcError, match="reads at once and is busy"):
+                list(stub.ReadState(request, timeout=10))
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+            for read in reads:
+                read.cancel()
+            p.grad = torch.ones(4_000_000)
+            optimizer.step()
+        for watch in watches:
+            watch.cancel()

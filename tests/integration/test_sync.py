@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, JobMismatchError, LoadNeedsForceError, ProxyOptions, StepTimeoutError, Sync
+from optimd.client import (
+    Adam,
+    JobMismatchError,
+    LoadNeedsForceError,
+    ProxyOptions,
+    StepTimeoutError,
+    Sync,
+    UpdateRefusedError,
+)
 from optimd.server import Server
 from tests.support import in_threads
 
@@ -304,3 +312,55 @@ def test_reading_state_between_steps_does_not_wait_for_the_others_open_step(serv
             return saved
 
     assert in_threads(work, 2)[0] == 10
+
+
+@pytest.mark.parametrize("what", ["load", "grow"])
+def test_what_every_worker_does_first_works_whoever_comes_first(server: Server, what: str) -> None:
+    """A resume from a checkpoint: rank 1 opens when rank 0 has long been ready to load, or to add a group."""
+    source = nn.Parameter(torch.zeros(30))
+    local = torch.optim.Adam([source], lr=0.3, fused=True)
+    source.grad = torch.ones(30)
+    local.step()
+    saved = local.state_dict()
+    first_is_in = threading.Event()
+
+    def work(rank: int) -> list[torch.Tensor]:
+        if rank == 1:
+            first_is_in.wait(30)
+        p, q = nn.Parameter(torch.zeros(30)), nn.Parameter(torch.full((30,), float(rank)))
+        with Adam([p], lr=0.1, server=server.address, job="first", options=options(rank, 2)) as optimizer:
+            first_is_in.set()
+            if what == "load":
+                optimizer.load_state_dict(saved)
+            else:
+                optimizer.add_param_group({"params": [q], "lr": 0.5})
+            for _ in range(3):
+                p.grad, q.grad = torch.ones(30), torch.ones(30)
+                optimizer.step()
+            assert optimizer.job_step == 3
+            assert optimizer.state[p]["step"] == (4 if what == "load" else 3)
+        return [p.detach(), q.detach()]
+
+    results = in_threads(work, 2)
+    assert torch.equal(results[0][0], results[1][0])
+    if what == "grow":
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_hyperparameters_that_cannot_be_stepped_with_are_refused_and_nothing_is_lost(server: Server) -> None:
+    """Corrected, they work: the same stream, the same private job, the same state."""
+    p, twin = nn.Parameter(torch.zeros(300)), nn.Parameter(torch.zeros(300))
+    local = torch.optim.Adam([twin], fused=True)
+    with Adam([p], server=server.address, options=ProxyOptions(bucket_bytes=1024)) as optimizer:
+        for step in range(4):
+            p.grad = twin.grad = torch.ones(300)
+            if step == 2:
+                optimizer.param_groups[0]["capturable"] = True
+                for _ in range(2):
+                    with pytest.raises(UpdateRefusedError, match="capturable=True needs parameters on a CUDA device"):
+                        optimizer.step()
+                optimizer.param_groups[0]["capturable"] = False
+            optimizer.step()
+            local.step()
+        assert optimizer.job_step == 4
+        assert torch.equal(p, twin)

@@ -65,7 +65,8 @@ class Team:
 
     def join(self, rank: int, *, creates: bool = False) -> None:
         self.members[rank] = Member(Worker(rank, f"worker-{rank}"), incarnation=rank)
-        self.job.admit(self.members[rank], creates=creates)
+        self.job.admit(self.members[rank], creates=creates, check=lambda: None)
+        self.job.welcome(self.members[rank])
 
     def begin(self, rank: int) -> None:
         self.rounds[rank] = self.job.begin(
@@ -216,7 +217,7 @@ def test_a_reader_holds_a_step_up_and_one_that_takes_nothing_is_cut_off(monkeypa
     worker.join(10)
     assert team.moment(0) == pytest.approx(0.1)
     team.end(0)
-    monkeypatch.setattr("optimd.server.job.READER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("optimd.server.readers.READER_TIMEOUT_S", 0.2)
     with team.job.reading() as hold:
         team.begin(0)
         team.push(0, 0, 1.0)
@@ -233,3 +234,71 @@ def test_agreeing_workers_with_a_nan_do_not_disagree() -> None:
     assert not disagree(members, tuple(workers))
     members[workers[1]].groups[0]["lr"] = 1.0
     assert disagree(members, tuple(workers))
+
+
+def test_a_group_whose_worker_is_lost_in_its_upload_is_taken_back() -> None:
+    """The job is as it was, and the same group can be added again."""
+    team = Team(1)
+    parameters = [Parameter("", torch.float32, (100,), (0,))]
+    assert not team.job.await_growth(team.members[0], 1, parameters)
+    team.job.grow(team.members[0], [OPTIONS], [1], parameters)
+    assert len(team.job.store.buckets) == 3
+    team.leave(0)
+    assert (len(team.job.groups), team.job.group_sizes) == (1, [1])
+    assert (len(team.job.store.parameters), len(team.job.store.buckets)) == (1, 2)
+    team.join(0)
+    assert not team.job.await_growth(team.members[0], 1, parameters)
+    (bucket,) = team.job.grow(team.members[0], [OPTIONS], [1], parameters)
+    team.job.store.write_values(bucket, torch.ones(100))
+    team.job.grown(team.members[0])
+    assert bucket.bucket_id == 2
+
+
+def test_a_worker_that_began_and_left_without_a_gradient_leaves_no_open_step() -> None:
+    """The survivor can load, and the one that left can come back."""
+    team = Team(2)
+    team.begin(1)
+    team.leave(1)
+    assert team.job.begin_load(team.members[0], digest=b"d", load_count=1, force=False)
+    team.leave(0)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("defect"), MemoryError("defect")])
+def test_a_step_that_a_defect_ends_fails_for_all_and_the_job_goes_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither counted nor left open, and the survivors do not wait for their time to run out."""
+    from optimd.server.errors import RequestError
+
+    team = Team(2, apply="atomic")
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 1.0)
+    team.end(0)
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> None:
+            raise error
+
+        patched.setattr(team.job.store, "apply", fail)
+        with pytest.raises(type(error)):
+            team.end(1)
+    with pytest.raises(RequestError, match="the step failed on the server"):
+        team.job.await_progress(team.members[0], team.rounds[0], 0)
+    assert team.job.step == 0
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 1.0)
+        team.end(rank)
+    assert team.job.step == 1
+    assert team.moment(0) == pytest.approx(0.2)
+
+
+def test_a_draining_job_begins_no_more_steps() -> None:
+    """What a worker's tight loop would otherwise do while the server stops."""
+    from optimd.server.errors import ShuttingDownError
+
+    team = Team(1)
+    assert team.job.drain(1.0)
+    with pytest.raises(ShuttingDownError):
+        team.begin(0)

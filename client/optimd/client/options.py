@@ -24,7 +24,8 @@ class Sync:
     """How many workers the first step waits for. None: `ProxyOptions.world_size`."""
 
     reduction: Literal["mean", "sum"] = "mean"
-    """How the workers' gradients become one."""
+    """How the workers' gradients become one. They are added up in their own dtype, and a mean divides the sum: with
+    float16, gradients near the end of its range overflow where dividing first would not."""
 
     timeout_s: float = 300.0
     """How long a worker waits in `step()` for the others, in seconds."""

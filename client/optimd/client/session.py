@@ -275,11 +275,16 @@ class Session:
             stream.send(self._push(groups, grads))
             writer = FlatWriter(tensors, self._layout.parameters)
             while True:
-                kind, message, frame = stream.expect("bucket", "receipt")
-                if kind == "receipt":
+                kind, message, frame = stream.expect("bucket", "receipt", "step_refused")
+                if kind != "bucket":
                     break
                 self._write(writer, message.bucket, frame.payload)
             writer.flush()
+        if kind == "step_refused":
+            # Said on a stream that goes on. The server may know some of the changed options and not others: send all
+            # again.
+            self._sent_groups = [b""] * len(self._sent_groups)
+            raise exception_of(message.step_refused)
         receipt = message.receipt
         self.job_step = receipt.step
         self.next_sequence = receipt.sequence + 1
@@ -309,8 +314,8 @@ class Session:
                 )
             )
         )
-        for page, last in pages:
-            message = param_group_pb2.ParamGroupsPage(groups=page, last=last)
+        for page, _ in pages:
+            message = param_group_pb2.ParamGroupsPage(groups=page)
             yield encode(training_pb2.TrainRequest(param_groups=message))
         reader = FlatReader(grads, self._layout.parameters)
         count = 0

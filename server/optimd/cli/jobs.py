@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from optimd.cli.admin import Admin
@@ -27,7 +28,7 @@ def list_jobs(server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = False) -> N
     table = Table("job", "step", "workers", "parameters", "values", "state", "device")
     for job in jobs:
         table.add_row(
-            job.job,
+            escape(job.job),
             str(job.step),
             str(job.worker_count),
             f"{job.element_count:,}",
@@ -47,7 +48,7 @@ def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = F
     summary = answer.summary
     console = Console()
     console.print(
-        f"[bold]{summary.job}[/bold]: step {summary.step}, {summary.element_count:,} parameters in "
+        f"[bold]{escape(summary.job)}[/bold]: step {summary.step}, {summary.element_count:,} parameters in "
         f"{summary.parameter_count} tensors and {answer.bucket_count} buckets on {summary.device}; values "
         f"{megabytes(summary.value_bytes)}, state {megabytes(summary.state_bytes)}; "
         f"{job_pb2.ApplyMode.Name(answer.apply).removeprefix('APPLY_MODE_').lower()} apply, "
@@ -57,7 +58,7 @@ def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = F
     for worker in answer.workers:
         table.add_row(
             str(worker.worker.rank),
-            worker.worker.worker_id,
+            escape(worker.worker.worker_id),
             str(worker.pushes),
             megabytes(worker.bytes_received),
             megabytes(worker.bytes_sent),

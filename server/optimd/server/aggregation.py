@@ -113,12 +113,17 @@ class SyncAggregator:
         """
         if worker not in self._live:
             return []
+        begun = set(self._begun)
         self._live.discard(worker)
         if worker in self._begun and worker not in self._ended:
-            self._lost.add(worker)
+            if any(worker in pushed for pushed in self._pushed.values()):
+                self._lost.add(worker)
+            else:
+                # It had only said that it would: a step that nobody else has begun is not open.
+                self._begun.discard(worker)
         self._formed = self._formed and bool(self._live)
-        if not self._live and self._begun and not self._applied:
-            abandon = Abandon(tuple(sorted(self._begun)))
+        if begun and (not self._begun or (not self._live and not self._applied)):
+            abandon = Abandon(tuple(sorted(begun)))
             self._reset()
             return [abandon]
         return self._advance()

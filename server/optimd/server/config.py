@@ -41,7 +41,7 @@ class ServerConfig:
     max_workers: int = setting(64, "The most workers at once, over all jobs. Each holds one thread.")
     max_jobs: int = setting(1000, "The most jobs at once.")
     max_job_bytes: int = setting(
-        0, "The most bytes that values and state of one job may take. 0: 80 % of the machine's memory."
+        0, "The most bytes that values and state of one job may take. 0: 80 % of the device's memory."
     )
     insecure: bool = setting(
         default=False, text="Speak plaintext beyond loopback addresses and Unix sockets, on a network that you trust."
@@ -97,11 +97,17 @@ class ServerConfig:
         return self.threads or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
 
     def resolved_max_job_bytes(self) -> int:
-        """The most bytes a job may take."""
+        """The most bytes a job may take.
+
+        Raises:
+            ConfigurationError: the device, of whose memory it is a share, is not there.
+        """
         if self.max_job_bytes:
             return self.max_job_bytes
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(memory * _MEMORY_SHARE)
+        device = self.resolved_device()
+        if device.type == "cuda":
+            return int(torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE)
+        return int(_host_memory_bytes() * _MEMORY_SHARE)
 
     def resolved_device(self) -> torch.device:
         """The device.
@@ -134,3 +140,13 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _host_memory_bytes() -> int:
+    """The memory that this process may use: the machine's, or what its container allows."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return memory
+    return min(memory, int(allowed)) if allowed.isdecimal() else memory

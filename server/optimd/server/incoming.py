@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from optimd.server.errors import InvalidFieldError, OutOfOrderError
+from optimd.server.store import Store
 from optimd.v1 import job_pb2, state_dict_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import Frame, MalformedMessageError, decode
 from optimd.wire.kinds import decode_kind
@@ -62,7 +63,7 @@ class Incoming:
         return received
 
     def layout_pages(self) -> Iterator[job_pb2.LayoutPage]:
-        """The pages of a layout, up to the last."""
+        """The pages of a layout, up to the last. Raises what `expect` does."""
         while True:
             _, message, _ = self.expect("layout")
             yield message.layout
@@ -70,7 +71,7 @@ class Incoming:
                 return
 
     def state_dict_pages(self) -> Iterator[state_dict_pb2.StateDictPage]:
-        """The pages of a state_dict, up to the last."""
+        """The pages of a state_dict, up to the last. Raises what `expect` does."""
         while True:
             _, message, _ = self.expect("state_dict")
             yield message.state_dict
@@ -107,3 +108,37 @@ def read_bucket(
             f"{frame.payload.nbytes} bytes; the {kind} of bucket {bucket.bucket_id} takes {due}",
         )
     return kind, bucket, present, tensor_over(frame.payload, bucket.dtype)
+
+
+class SplitParameters:
+    """Checks that a push has a gradient for all slices of a parameter or for none, where buckets share it.
+
+    Args:
+        store: The job's.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[int, int] = {}
+
+    def see(self, bucket: Bucket, present: Sequence[bool]) -> None:
+        """Counts a pushed bucket. Only its first and its last slice can be parts of a larger parameter."""
+        for position in {0, len(bucket.slices) - 1}:
+            piece = bucket.slices[position]
+            if present[position] and piece.length < self._store.parameters[piece.parameter].numel:
+                self._seen[piece.parameter] = self._seen.get(piece.parameter, 0) + 1
+
+    def check(self) -> None:
+        """At the end of the push.
+
+        Raises:
+            InvalidFieldError: a parameter has a gradient in some of its slices only.
+        """
+        for index, count in self._seen.items():
+            slices = len(self._store.places(index))
+            if count != slices:
+                title = self._store.parameters[index].title(index)
+                raise InvalidFieldError(
+                    "TensorBucket.present",
+                    f"{title} has a gradient in {count} of its {slices} slices; all or none is due",
+                )

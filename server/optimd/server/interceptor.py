@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import grpc
 
@@ -14,6 +14,10 @@ from optimd.v1 import errors_pb2
 from optimd.wire.reasons import ERROR_TRAILER, STATUS_OF_REASON, encode_reason
 
 _log = logging.getLogger(__name__)
+
+_OURS: Final = "/optimd."
+# Trailing metadata carries a message twice, and gRPC's limit on it is 8 KiB.
+_MAX_TEXT: Final = 1024
 
 
 class ErrorTranslation(grpc.ServerInterceptor):
@@ -30,9 +34,10 @@ class ErrorTranslation(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wraps the behaviour of the called method."""
         handler = continuation(handler_call_details)
-        if handler is None:
-            return None
         method = handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
+            # Health and reflection handle their own errors, and how they are to be scheduled is written on the handler.
+            return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 _guard(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
@@ -72,9 +77,11 @@ def _abort(method: str, context: grpc.ServicerContext, error: Exception) -> NoRe
     if not context.is_active():
         # The other end is gone: nobody is there to be told, and what was raised followed from that.
         _log.debug("%s: ended by the other end (%s)", method, error)
-        raise error
+        context.abort(grpc.StatusCode.CANCELLED, "ended by the other end")
     if isinstance(error, RequestError):
-        detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message, field=error.field)
+        detail = errors_pb2.ErrorDetail(
+            reason=encode_reason(error.reason), message=_shortened(error.message), field=_shortened(error.field)
+        )
         status = STATUS_OF_REASON[error.reason]
         _log.info("%s: %s: %s", method, error.reason, error.message)
     else:
@@ -88,3 +95,7 @@ def _abort(method: str, context: grpc.ServicerContext, error: Exception) -> NoRe
         _log.error("%s: incident %s", method, incident, exc_info=error)
     context.set_trailing_metadata(((ERROR_TRAILER, detail.SerializeToString()),))
     context.abort(getattr(grpc.StatusCode, status), detail.message)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."

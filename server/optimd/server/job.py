@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,19 +24,19 @@ from optimd.server.errors import (
     JobMismatchError,
     LoadNeedsForceError,
     OutOfOrderError,
+    RequestError,
+    ShuttingDownError,
     StepTimeoutError,
     UpdateRefusedError,
     WorkerInUseError,
 )
 from optimd.server.membership import Member, WorkerRecord
+from optimd.server.readers import Readers, ReadHold
 from optimd.server.stepping import Round, Stepper
 from optimd.server.store import StagedState, Store
 from optimd.wire.layout import Bucket, Parameter, cut_buckets, first_difference
 
 _log = logging.getLogger(__name__)
-
-READER_TIMEOUT_S: Final = 60.0
-"""How long a reader that takes nothing may hold up a step, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +60,6 @@ class JobPhase(Enum):
     DELETED = auto()
 
 
-class ReadHold:
-    """A reader's claim that nothing is applied while it reads."""
-
-    def __init__(self) -> None:
-        self.touched_s = time.monotonic()
-        self.revoked = False
-
-    def touch(self) -> None:
-        """Says that the reader is alive.
-
-        Raises:
-            StepTimeoutError: a step has waited too long for this reader and has been let through.
-        """
-        if self.revoked:
-            raise StepTimeoutError(f"read nothing for {READER_TIMEOUT_S:g} s while a step waited; read again")
-        self.touched_s = time.monotonic()
-
-
 class Job:
     """One optimizer: parameters, param_groups, state and workers.
 
@@ -95,7 +76,7 @@ class Job:
         self.settings = settings
         self.store = Store(device)
         self._changed = threading.Condition()
-        # All below: guarded by self._changed.
+        # All below: changed with self._changed held. `phase`, `step` and `worker_count` may be read without it.
         self.phase = JobPhase.CREATING
         self.groups: list[dict[str, Any]] = []
         self.group_sizes: list[int] = []
@@ -110,8 +91,11 @@ class Job:
             self._members,
             mean=settings.reduction == "mean",
         )
-        self._readers: set[ReadHold] = set()
+        self._readers = Readers(self._changed)
+        self._draining = False
+        # Who is uploading parameters or state, and the sizes to go back to if it does not finish.
         self._bringing: Member | None = None
+        self._before_growth: tuple[int, int, int] | None = None
 
     # --- who is in it
 
@@ -119,6 +103,11 @@ class Job:
     def step(self) -> int:
         """The number of committed steps."""
         return self._aggregator.step
+
+    @property
+    def worker_count(self) -> int:
+        """How many workers are in the job. Does not wait for a step that is being applied."""
+        return len(self._members)
 
     def members(self) -> list[Member]:
         """The workers that are in the job, in order of rank."""
@@ -128,45 +117,66 @@ class Job:
     def record(self, worker_id: str) -> WorkerRecord:
         """What the job remembers of a worker_id."""
         with self._changed:
-            return self._records.setdefault(worker_id, WorkerRecord())
+            return self._record_locked(worker_id)
 
-    def await_ready(self) -> None:
+    def await_ready(self, member: Member) -> None:
         """Waits until the job's creator has uploaded its values.
 
         Raises:
             JobDeletedError: the creator gave up, or the job was deleted.
+            OutOfOrderError: the worker's line is down.
             StepTimeoutError: it took longer than `join_timeout_s`.
         """
         with self._changed:
             self._wait_locked(
+                member,
                 lambda: self.phase is not JobPhase.CREATING,
                 self.settings.join_timeout_s,
                 lambda: "the worker that creates the job has not uploaded its parameters",
             )
 
-    def admit(self, member: Member, *, creates: bool) -> None:
+    def admit(self, member: Member, *, creates: bool, check: Callable[[], None]) -> None:
         """Lets a worker in, between two steps. Waits for the open step.
 
         From here on no step is committed without the worker, so that the values it reads next stand still.
 
+        Args:
+            member: The worker.
+            creates: Whether it creates the job.
+            check: Called when nothing can change any more; raises what speaks against the worker.
+
         Raises:
             WorkerInUseError: a live worker has its id or rank.
             JobDeletedError: the job went away while it waited.
+            OutOfOrderError: the worker's line is down.
             StepTimeoutError: the open step was not committed within `timeout_s`.
         """
         with self._changed:
             self._check_free_locked(member.worker)
             self._wait_locked(
+                member,
                 lambda: not self._aggregator.is_open and self._bringing is None,
                 self.settings.timeout_s,
-                lambda: f"the open step still waits for {self._missing_locked()}",
+                self._occupation_locked,
             )
             self._check_free_locked(member.worker)
+            check()
             self._aggregator.join(member.worker)
             self._members[member.worker] = member
             member.groups = [dict(group) for group in self.groups]
             member.speaks = creates
             self._changed.notify_all()
+
+    def welcome(self, member: Member) -> tuple[int, int, int]:
+        """The worker has all parameters.
+
+        Returns:
+            The job's step, the worker's next sequence number, and how often a state_dict has been loaded.
+        """
+        with self._changed:
+            member.ready = True
+            self._changed.notify_all()
+            return self.step, self._record_locked(member.worker.worker_id).next_sequence, self.load_count
 
     def disconnect(self, member: Member) -> None:
         """A worker's line is down: whatever waits on its behalf stops waiting. Its stream calls `leave` next."""
@@ -179,23 +189,24 @@ class Job:
         with self._changed:
             member.alive = False
             if self._bringing is member:
-                self._bringing = None
+                self._take_back_growth_locked()
             if self._members.get(member.worker) is member:
-                self._wait_for_readers_locked()
+                self._readers.wait()
                 step = self.step
                 decisions = self._aggregator.leave(member.worker)
                 try:
                     self._settle_locked(decisions, step)
-                except UpdateRefusedError as error:
-                    # The others hear of it in their steps; who leaves has nobody to tell.
-                    _log.warning("job %s: %s", self.name, error)
+                except Exception as error:  # noqa: BLE001  # the others hear of it in their steps; who leaves has nobody
+                    _log.warning("job %s: the step failed when rank %d left: %s", self.name, member.worker.rank, error)
                 finally:
                     del self._members[member.worker]
                     self._changed.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
-        """Waits until no step is open. Returns whether that came true within `timeout_s`."""
+        """Begins no more steps and waits for the open one. Returns whether it was committed within `timeout_s`."""
         with self._changed:
+            self._draining = True
+            self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._aggregator.is_open, timeout_s)
 
     def delete(self) -> None:
@@ -215,7 +226,8 @@ class Job:
     ) -> list[Bucket]:
         """Adds param groups with their parameters. The values are undefined until the worker has written them.
 
-        Until `grown` is called, no other worker is let in or may begin a push. Does not wait.
+        Until `grown` is called nobody is let in, begins a push or reads; if the worker leaves before that, what it
+        added is taken back. Does not wait.
 
         Returns:
             The new buckets.
@@ -232,6 +244,7 @@ class Job:
             if self._aggregator.is_open:
                 raise OutOfOrderError("a param group cannot be added while a step is open")
             self._bringing = member
+            self._before_growth = (len(self.groups), len(self.store.parameters), len(self.store.buckets))
             buckets: list[Bucket] = []
             first = len(self.store.parameters)
             offset = 0
@@ -254,25 +267,25 @@ class Job:
         """The values of the groups that a worker added are in place."""
         with self._changed:
             if self._bringing is member:
-                self._bringing = None
+                self._bringing = self._before_growth = None
             if self.phase is JobPhase.CREATING:
                 self.phase = JobPhase.READY
             self._changed.notify_all()
 
     def await_growth(self, member: Member, group: int, parameters: Sequence[Parameter]) -> bool:
-        """Whether another worker has already added the group of index `group`; waits while one is at it.
+        """Whether another worker has already added the group of index `group`.
+
+        Waits until all workers have joined, so that all of them see the job without the group first, and while one is
+        adding its own.
 
         Raises:
-            OutOfOrderError: the worker's count of groups is not the job's.
+            OutOfOrderError: the worker's count of groups is not the job's, or its line is down.
             JobMismatchError: the other worker's group has other parameters.
+            StepTimeoutError: it waited longer than `join_timeout_s`.
+            JobDeletedError: the job went away.
         """
         with self._changed:
-            self._wait_locked(
-                lambda: self._bringing is None,
-                self.settings.timeout_s,
-                lambda: "another worker is still uploading its new param group",
-            )
-            self._check_alive_locked(member)
+            self._await_company_locked(member)
             if group not in (len(self.groups), len(self.groups) - 1):
                 raise OutOfOrderError(f"group {group} cannot follow the job's {len(self.groups)} groups")
             if group == len(self.groups):
@@ -293,6 +306,17 @@ class Job:
             member.groups[first:] = [dict(group) for group in self.groups[first:]]
             return [dict(group) for group in self.groups[first:]]
 
+    @property
+    def full_bytes(self) -> int:
+        """What values and state take once every parameter has had an update."""
+        with self._changed:
+            total = first = 0
+            for options, size in zip(self.groups, self.group_sizes, strict=True):
+                nbytes = sum(parameter.nbytes for parameter in self.store.parameters[first : first + size])
+                total += nbytes * (1 + len(update.state_names(options)))
+                first += size
+            return total
+
     def group_parameters(self, first_group: int) -> list[tuple[int, Parameter]]:
         """The parameters of all groups from index `first_group` on, with their indices."""
         with self._changed:
@@ -305,21 +329,17 @@ class Job:
         """A worker begins a push. Waits until the job is formed.
 
         Raises:
-            OutOfOrderError: the sequence number or the base step is not the one due.
+            OutOfOrderError: the sequence number or the base step is not the one due, or the worker's line is down.
             JobMismatchError: the worker has missed a param group or a load.
             StepTimeoutError: too few workers joined within `join_timeout_s`.
+            ShuttingDownError: the server is stopping.
+            JobDeletedError: the job went away.
         """
         with self._changed:
-            self._wait_locked(
-                lambda: (self._aggregator.is_formed and self._bringing is None) or not member.alive,
-                self.settings.join_timeout_s,
-                lambda: (
-                    f"{len(self._aggregator.live)} of {self.settings.world_size} workers have joined; start the "
-                    "others, or correct world_size"
-                ),
-            )
-            self._check_alive_locked(member)
-            due = self._records.setdefault(member.worker.worker_id, WorkerRecord()).next_sequence
+            self._await_company_locked(member)
+            if self._draining:
+                raise ShuttingDownError("the server is shutting down")
+            due = self._record_locked(member.worker.worker_id).next_sequence
             if sequence != due:
                 raise OutOfOrderError(f"StepBegin.sequence is {sequence}; {due} is due")
             if base_step != self.step:
@@ -338,7 +358,12 @@ class Job:
             return self._stepper.open_round(self.groups)
 
     def set_hyperparameters(self, member: Member, group: int, options: dict[str, Any]) -> None:
-        """A worker's options of one group have changed."""
+        """A worker's options of one group have changed.
+
+        Raises:
+            InvalidFieldError: there is no such group.
+            UpdateRefusedError: torch, or a server, cannot step with the options. Those before hold.
+        """
         with self._changed:
             if group >= len(member.groups):
                 raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
@@ -358,30 +383,36 @@ class Job:
 
         Raises:
             UpdateRefusedError: torch refuses the update.
+            LimitExceededError: the device has no memory left for it.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
         """
         with self._changed:
-            self._wait_for_readers_locked()
+            self._readers.wait()
             self._check_alive_locked(member)
             self._check_sound_locked(round_)
             step = self.step
             decisions = self._aggregator.push(member.worker, bucket.bucket_id)
             try:
                 self._stepper.contribute(member.worker, bucket, present, payload, decisions)
-            except UpdateRefusedError:
+            except Exception:
                 self._aggregator.forget_step(step)
+                self._changed.notify_all()
                 raise
-            finally:
-                if decisions:
-                    self._changed.notify_all()
+            if decisions:
+                self._changed.notify_all()
 
     def end(self, member: Member, round_: Round) -> None:
         """A worker has pushed all it had; commits the step if it was the last. Waits for readers.
 
         Raises:
             UpdateRefusedError: torch refuses the update.
+            LimitExceededError: the device has no memory left for it.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
         """
         with self._changed:
-            self._wait_for_readers_locked()
+            self._readers.wait()
             self._check_alive_locked(member)
             self._check_sound_locked(round_)
             step = self.step
@@ -400,11 +431,11 @@ class Job:
         """
         with self._changed:
             self._wait_locked(
-                lambda: len(round_.applied) > seen or round_.is_over or not member.alive,
+                member,
+                lambda: len(round_.applied) > seen or round_.is_over,
                 self.settings.timeout_s,
-                lambda: f"the step waits for {self._missing_locked()}",
+                self._occupation_locked,
             )
-            self._check_alive_locked(member)
             self._check_sound_locked(round_)
             return len(round_.applied)
 
@@ -412,30 +443,28 @@ class Job:
 
     @contextmanager
     def reading(self) -> Iterator[ReadHold]:
-        """Holds the values and the state still. Waits for a step that has begun to apply.
+        """Holds the values and the state still. Waits for a step that has begun to apply, and for uploads.
 
         Raises:
             StepTimeoutError: the step was not committed within `timeout_s`.
             JobDeletedError: the job is gone.
         """
-        hold = ReadHold()
         with self._changed:
             self._wait_locked(
-                lambda: not self._aggregator.has_applied,
+                None,
+                lambda: not self._aggregator.has_applied and self._bringing is None and self._readers.may_enter,
                 self.settings.timeout_s,
-                lambda: f"the open step still waits for {self._missing_locked()}",
+                self._occupation_locked,
             )
-            hold.touch()
-            self._readers.add(hold)
+            hold = self._readers.enter()
         try:
             yield hold
         finally:
             with self._changed:
-                self._readers.discard(hold)
-                self._changed.notify_all()
+                self._readers.leave(hold)
 
     def begin_load(self, member: Member, *, digest: bytes, load_count: int, force: bool) -> bool:
-        """A worker brings a state_dict. Waits while another one does.
+        """A worker brings a state_dict. Waits until all workers have joined, and while another one loads.
 
         Where its content is needed, no other worker may begin a push or bring anything until `finish_load`.
 
@@ -445,14 +474,12 @@ class Job:
         Raises:
             JobMismatchError: another worker has loaded a different one, or has begun a step without it.
             LoadNeedsForceError: it would replace the state of a job with steps and other workers.
+            StepTimeoutError: it waited longer than `join_timeout_s`.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
         """
         with self._changed:
-            self._wait_locked(
-                lambda: self._bringing is None,
-                self.settings.timeout_s,
-                lambda: "another worker is still uploading what it loads",
-            )
-            self._check_alive_locked(member)
+            self._await_company_locked(member)
             if load_count == self.load_count and self.load_count:
                 if digest != self._load_digest:
                     raise JobMismatchError(
@@ -492,9 +519,11 @@ class Job:
 
         Raises:
             UpdateRefusedError: torch, or a server, cannot step with a group's options.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
         """
         with self._changed:
-            self._wait_for_readers_locked()
+            self._readers.wait()
             self._check_alive_locked(member)
             for index, options in enumerate(groups):
                 self._check_options(options, self._dtypes_of_locked(index))
@@ -514,7 +543,7 @@ class Job:
         """Carries decisions out and makes a committed step the job's. `step` were committed before."""
         try:
             round_ = self._stepper.carry_out(decisions)
-        except UpdateRefusedError:
+        except Exception:
             self._aggregator.forget_step(step)
             raise
         finally:
@@ -522,21 +551,75 @@ class Job:
         if round_ is not None and round_.commit is not None:
             self.groups = round_.groups
             for worker in round_.commit.contributors:
-                record = self._records.setdefault(worker.worker_id, WorkerRecord())
+                record = self._record_locked(worker.worker_id)
                 record.next_sequence += 1
                 record.pushes += 1
 
+    def _take_back_growth_locked(self) -> None:
+        """The worker that was uploading is gone: what it had added without its values goes with it."""
+        if self._before_growth is not None:
+            groups, parameters, buckets = self._before_growth
+            del self.groups[groups:]
+            del self.group_sizes[groups:]
+            self.store.truncate(parameters, buckets)
+        self._bringing = self._before_growth = None
+        self._changed.notify_all()
+
     def _check_sound_locked(self, round_: Round) -> None:
         """Tells every worker of a step that failed in another one's hands."""
+        if isinstance(round_.failure, RequestError):
+            raise type(round_.failure)(round_.failure.message)
         if round_.failure is not None:
-            raise UpdateRefusedError(str(round_.failure))
+            raise RequestError("the step failed on the server, whose log has the reason")
 
-    def _wait_locked(self, condition: Callable[[], bool], timeout_s: float, waiting_for: Callable[[], str]) -> None:
-        arrived = self._changed.wait_for(lambda: condition() or self.phase is JobPhase.DELETED, timeout_s)
+    def _await_company_locked(self, member: Member) -> None:
+        """Waits until the job is formed, every worker in it has its parameters, and nobody is uploading."""
+        self._wait_locked(
+            member,
+            lambda: (
+                self._aggregator.is_formed
+                and self._bringing is None
+                and all(other.ready for other in self._members.values())
+            ),
+            self.settings.join_timeout_s,
+            lambda: (
+                self._occupation_locked()
+                if self._aggregator.is_formed
+                else f"{len(self._members)} of {self.settings.world_size} workers have joined; start the others, or "
+                "correct world_size"
+            ),
+        )
+
+    def _wait_locked(
+        self,
+        member: Member | None,
+        condition: Callable[[], bool],
+        timeout_s: float,
+        waiting_for: Callable[[], str],
+    ) -> None:
+        """Waits on behalf of a worker, if one is given for as long as its line is up."""
+        arrived = self._changed.wait_for(
+            lambda: condition() or self.phase is JobPhase.DELETED or (member is not None and not member.alive),
+            timeout_s,
+        )
         if self.phase is JobPhase.DELETED:
             raise JobDeletedError(f"job {self.name!r} was deleted")
+        if member is not None:
+            self._check_alive_locked(member)
         if not arrived:
             raise StepTimeoutError(f"job {self.name!r}: waited {timeout_s:g} s, and {waiting_for()}")
+
+    def _occupation_locked(self) -> str:
+        """What keeps the job busy, for a message."""
+        if self._bringing is not None:
+            return f"rank {self._bringing.worker.rank} is still uploading"
+        unready = [worker.rank for worker, member in self._members.items() if not member.ready]
+        if unready:
+            return f"rank {', '.join(map(str, sorted(unready)))} is still receiving the parameters"
+        return "the step waits for rank " + ", ".join(str(worker.rank) for worker in self._aggregator.missing())
+
+    def _record_locked(self, worker_id: str) -> WorkerRecord:
+        return self._records.setdefault(worker_id, WorkerRecord())
 
     def _check_options(self, options: dict[str, Any], dtypes: Collection[torch.dtype]) -> None:
         for dtype in dtypes:
@@ -547,17 +630,6 @@ class Job:
     def _dtypes_of_locked(self, group: int) -> set[torch.dtype]:
         first = sum(self.group_sizes[:group])
         return {parameter.dtype for parameter in self.store.parameters[first : first + self.group_sizes[group]]}
-
-    def _wait_for_readers_locked(self) -> None:
-        """Lets readers finish before anything changes. Gives up the lock: call it before looking at anything."""
-        while self._readers:
-            oldest = min(self._readers, key=lambda hold: hold.touched_s)
-            left = oldest.touched_s + READER_TIMEOUT_S - time.monotonic()
-            if left <= 0:
-                oldest.revoked = True
-                self._readers.discard(oldest)
-            else:
-                self._changed.wait(left)
 
     def _check_free_locked(self, newcomer: Worker) -> None:
         for worker in self._members:
@@ -577,6 +649,3 @@ class Job:
             raise JobDeletedError(f"job {self.name!r} was deleted")
         if not member.alive:
             raise OutOfOrderError("the worker has left the job")
-
-    def _missing_locked(self) -> str:
-        return "rank " + ", ".join(str(worker.rank) for worker in self._aggregator.missing())

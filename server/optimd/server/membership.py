@@ -19,6 +19,8 @@ class Member:
     """Its param_groups as far as the server knows: the job's when it joined, then what it sent."""
     speaks: bool = False
     """Whether its hyperparameters count: the creator's do, a newcomer's from its first change on."""
+    ready: bool = False
+    """Whether it has its parameters: from JobReady on."""
     alive: bool = True
     bytes_received: int = 0
     bytes_sent: int = 0

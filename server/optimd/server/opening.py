@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from optimd.server import update
 from optimd.server.aggregation import Worker
@@ -16,6 +16,9 @@ from optimd.wire.layout import Parameter, decode_parameter
 from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, MAX_NAME_BYTES, MIN_BUCKET_BYTES
 from optimd.wire.param_groups import decode_group, rule_of
 
+_PARAMETER_OVERHEAD_BYTES: Final = 2048
+"""What a parameter takes besides its elements, about: its views, counters and places."""
+
 
 @dataclass(slots=True)
 class WorkerLayout:
@@ -25,11 +28,14 @@ class WorkerLayout:
     sizes: list[int] = field(default_factory=list)
     """How many parameters each group has."""
     parameters: list[Parameter] = field(default_factory=list)
+    page_bytes: int = 0
+    """What the pages that it came in took."""
 
     @property
     def nbytes(self) -> int:
-        """What values and state take on a server once every parameter has had an update."""
-        total = start = 0
+        """What it takes on a server once every parameter has had an update, with what keeps account of it."""
+        total = self.page_bytes + _PARAMETER_OVERHEAD_BYTES * len(self.parameters)
+        start = 0
         for group, size in zip(self.groups, self.sizes, strict=True):
             copies = 1 + len(update.state_names(group))
             total += copies * sum(parameter.nbytes for parameter in self.parameters[start : start + size])
@@ -108,12 +114,13 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
     )
 
 
-def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int) -> WorkerLayout:
+def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int, first_group: int = 0) -> WorkerLayout:
     """Checks a layout, page by page, before memory is taken for what it describes.
 
     Args:
         pages: The pages, up to and including the last.
         max_bytes: The most that values and state of the layout may take.
+        first_group: The index that the first group is to have.
 
     Raises:
         InvalidFieldError: a group or a parameter is malformed; it is named.
@@ -121,14 +128,21 @@ def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int) -> Worke
         UnsupportedError: a group has options of an update rule that this server does not have.
     """
     layout = WorkerLayout()
-    value_bytes = 0
+    claimed = 0
     for page in pages:
+        layout.page_bytes += page.ByteSize()
+        claimed += page.ByteSize() + _PARAMETER_OVERHEAD_BYTES * len(page.parameters)
         for group in page.groups:
             if rule_of(group) != update.RULE:
                 raise UnsupportedError(
                     f"param group {group.index} has options of rule {rule_of(group)}; this server has {update.RULE}"
                 )
-            layout.groups.append(decode_group(group))
+            if group.index != first_group + len(layout.groups):
+                raise InvalidFieldError("ParamGroup.index", f"{group.index} is not the next")
+            try:
+                layout.groups.append(decode_group(group))
+            except ValueError as error:
+                raise InvalidFieldError("ParamGroup", str(error)) from error
             layout.sizes.append(group.parameter_count)
         for spec in page.parameters:
             try:
@@ -136,9 +150,9 @@ def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int) -> Worke
             except ValueError as error:
                 raise InvalidFieldError(f"LayoutPage.parameters[{len(layout.parameters)}]", str(error)) from error
             layout.parameters.append(parameter)
-            value_bytes += parameter.nbytes
-            if value_bytes > max_bytes:
-                raise _too_large(value_bytes, max_bytes)
+            claimed += parameter.nbytes
+        if claimed > max_bytes:
+            raise _too_large(claimed, max_bytes)
     if not layout.groups:
         raise InvalidFieldError("LayoutPage.groups", "there are none")
     if sum(layout.sizes) != len(layout.parameters):

@@ -11,7 +11,7 @@ from optimd.v1 import reading_pb2, state_dict_pb2, tensor_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind, encode_kind
 from optimd.wire.layout import pack_present
-from optimd.wire.limits import PAGE_BYTES
+from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
 
 
@@ -55,28 +55,20 @@ def read_state(job: Job, request: reading_pb2.ReadStateRequest) -> Iterator[byte
 
 
 def _pages(job: Job, wanted: set[int]) -> Iterator[state_dict_pb2.StateDictPage]:
-    page = state_dict_pb2.StateDictPage()
-    size = 0
-    for index, group in enumerate(job.groups):
-        page.param_groups.append(encode_group(index, update.RULE, group, parameter_count=job.group_sizes[index]))
-        size += page.param_groups[-1].ByteSize()
-        if size > PAGE_BYTES:
-            yield page
-            page, size = state_dict_pb2.StateDictPage(), 0
-    for index in sorted(wanted):
-        names = job.store.state_names_of(index)
-        if not names:
-            continue
-        page.state.append(
-            state_dict_pb2.ParameterState(
-                parameter=index,
-                step=job.store.step_of(index),
-                tensors=[encode_kind(name) for name in names],
-            )
+    groups = (
+        encode_group(index, update.RULE, group, parameter_count=job.group_sizes[index])
+        for index, group in enumerate(job.groups)
+    )
+    for group_page, _ in paginate(groups):
+        yield state_dict_pb2.StateDictPage(param_groups=group_page)
+    entries = (
+        state_dict_pb2.ParameterState(
+            parameter=index,
+            step=job.store.step_of(index),
+            tensors=[encode_kind(name) for name in job.store.state_names_of(index)],
         )
-        size += page.state[-1].ByteSize()
-        if size > PAGE_BYTES:
-            yield page
-            page, size = state_dict_pb2.StateDictPage(), 0
-    page.last = True
-    yield page
+        for index in sorted(wanted)
+        if job.store.state_names_of(index)
+    )
+    for entry_page, last in paginate(entries):
+        yield state_dict_pb2.StateDictPage(state=entry_page, last=last)

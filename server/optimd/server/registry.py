@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 
 import torch
 
@@ -44,8 +47,16 @@ class JobRegistry:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # guarded by self._lock
 
-    def enter(self, opening: Opening, layout: WorkerLayout, member: Member) -> tuple[Job, bool]:
+    def enter(
+        self, opening: Opening, layout: WorkerLayout, member: Member, *, on_job: Callable[[Job], None]
+    ) -> tuple[Job, bool]:
         """Lets a worker into a job, which it creates if there is none. Waits as `Job.admit` does.
+
+        Args:
+            opening: What the worker asks for.
+            layout: What it has.
+            member: The worker.
+            on_job: Called with the job that the worker is about to wait for.
 
         Returns:
             The job, and whether the worker created it and has to upload its values.
@@ -59,10 +70,14 @@ class JobRegistry:
         while True:
             job, creates = self._find_or_create(opening)
             try:
-                if not creates:
-                    job.await_ready()
+                on_job(job)
+                if creates:
+                    job.admit(member, creates=True, check=lambda: None)
+                else:
+                    job.await_ready(member)
+                    # Said at once, not when the open step is over; and again when nothing can change any more.
                     _check_match(job, opening, layout)
-                job.admit(member, creates=creates)
+                    job.admit(member, creates=False, check=partial(_check_match, job, opening, layout))
             except JobDeletedError:
                 # Its creator gave up before it was ready, or an operator dropped it: look again.
                 continue
@@ -74,7 +89,7 @@ class JobRegistry:
             job.leave(member)
         finally:
             with self._lock:
-                ends = not job.members() and (job.settings.private or job.phase is JobPhase.CREATING)
+                ends = not job.worker_count and (job.settings.private or job.phase is JobPhase.CREATING)
                 if ends and self._jobs.get(job.name) is job:
                     del self._jobs[job.name]
             if ends:
@@ -106,7 +121,7 @@ class JobRegistry:
             JobInUseError: workers are in it and `force` is not set.
         """
         job = self.get(name)
-        workers = len(job.members())
+        workers = job.worker_count
         if workers and not force:
             raise JobInUseError(f"job {name!r} has {workers} workers in it; force ends them")
         with self._lock:
@@ -119,7 +134,7 @@ class JobRegistry:
         with self._lock:
             job = self._jobs.get(opening.job)
             if job is not None and job.phase is not JobPhase.CREATING:
-                occupied = bool(job.members())
+                occupied = job.worker_count > 0
                 forming = occupied and job.step == 0
                 if opening.on_existing == job_pb2.ON_EXISTING_FAIL and not forming:
                     raise JobExistsError(
@@ -149,7 +164,14 @@ def _check_match(job: Job, opening: Opening, layout: WorkerLayout) -> None:
                 f"job {job.name!r} has {setting.name} {ours}, rank {opening.worker.rank} asks for {theirs}"
             )
     difference = first_difference(job.group_parameters(0), list(enumerate(layout.parameters)))
-    if difference is None and job.group_sizes != layout.sizes:
-        difference = f"the job's param groups have {job.group_sizes} parameters, the worker's {layout.sizes}"
+    if difference is None:
+        difference = _first_group_difference(job.group_sizes, layout.sizes)
     if difference is not None:
         raise JobMismatchError(f"rank {opening.worker.rank} does not match job {job.name!r}: {difference}")
+
+
+def _first_group_difference(ours: Sequence[int], theirs: Sequence[int]) -> str | None:
+    for index, (mine, other) in enumerate(zip_longest(ours, theirs, fillvalue=0)):
+        if mine != other:
+            return f"param group {index} has {mine} parameters in the job, {other} in the worker"
+    return None

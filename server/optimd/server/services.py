@@ -21,9 +21,11 @@ from optimd.v1.admin_service_pb2_grpc import AdminServiceServicer
 from optimd.wire.codec import MalformedMessageError, decode
 from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_MESSAGE_BYTES
 from optimd.wire.methods import SERVICE
+from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
 
 _MAX_PAGE = 1000
+_OPENING_TIMEOUT_S = 60.0
 _MAX_GROUPS_SHOWN = 100
 
 
@@ -48,6 +50,7 @@ class OptimizerService:
         self._registry = registry
         self._limits = limits
         self._streams = threading.BoundedSemaphore(limits.max_workers)
+        self._reads = threading.BoundedSemaphore(limits.max_workers)
         self._draining = threading.Event()
 
     def drain(self) -> None:
@@ -101,9 +104,21 @@ class OptimizerService:
             )
         try:
             session = TrainSession(self._registry, requests)
-            if not context.add_callback(session.disconnect):
+
+            def on_end() -> None:
+                # gRPC calls back in the one thread that serves all calls, which must not wait for a job's lock.
+                threading.Thread(target=session.disconnect, name="optimd-disconnect", daemon=True).start()
+
+            if not context.add_callback(on_end):
                 return
-            yield from session.responses()
+            # A stream that says nothing would hold its place for ever.
+            impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
+            impatience.daemon = True
+            impatience.start()
+            try:
+                yield from session.responses(on_opened=impatience.cancel)
+            finally:
+                impatience.cancel()
         finally:
             self._streams.release()
 
@@ -111,6 +126,7 @@ class OptimizerService:
         """Values and state of a job.
 
         Raises:
+            LimitExceededError: there are too many reads already.
             InvalidFieldError: the request is malformed.
             RequestError: what `JobRegistry.get` and `read_state` raise.
         """
@@ -118,7 +134,14 @@ class OptimizerService:
             message, _ = decode(reading_pb2.ReadStateRequest, request)
         except MalformedMessageError as error:
             raise InvalidFieldError("ReadStateRequest", str(error)) from error
-        yield from read_state(self._registry.get(message.job), message)
+        if not self._reads.acquire(blocking=False):
+            raise LimitExceededError(
+                f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"
+            )
+        try:
+            yield from read_state(self._registry.get(message.job), message)
+        finally:
+            self._reads.release()
 
 
 class AdminService(AdminServiceServicer):
@@ -149,6 +172,8 @@ class AdminService(AdminServiceServicer):
         """One job in detail."""
         job = self._registry.get(request.job)
         settings = job.settings
+        groups = (encode_group(index, update.RULE, group) for index, group in enumerate(job.groups[:_MAX_GROUPS_SHOWN]))
+        shown, _ = next(paginate(groups))
         return admin_pb2.GetJobResponse(
             summary=_summary(job),
             aggregation=job_pb2.Aggregation(
@@ -175,9 +200,7 @@ class AdminService(AdminServiceServicer):
                 )
                 for member in job.members()
             ],
-            param_groups=[
-                encode_group(index, update.RULE, group) for index, group in enumerate(job.groups[:_MAX_GROUPS_SHOWN])
-            ],
+            param_groups=shown,
         )
 
     def DeleteJob(  # noqa: N802  # the schema's name
@@ -192,7 +215,7 @@ def _summary(job: Job) -> admin_pb2.JobSummary:
     return admin_pb2.JobSummary(
         job=job.name,
         step=job.step,
-        worker_count=len(job.members()),
+        worker_count=job.worker_count,
         parameter_count=len(job.store.parameters),
         element_count=sum(parameter.numel for parameter in job.store.parameters),
         value_bytes=job.store.value_bytes,

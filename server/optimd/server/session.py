@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from optimd.server import update
-from optimd.server.errors import InvalidFieldError, JobMismatchError, LoadNeedsForceError, OutOfOrderError
-from optimd.server.incoming import Incoming, read_bucket
+from optimd.server.errors import (
+    InvalidFieldError,
+    JobMismatchError,
+    LoadNeedsForceError,
+    OutOfOrderError,
+    UpdateRefusedError,
+)
+from optimd.server.incoming import Incoming, SplitParameters, read_bucket
 from optimd.server.job import Job
 from optimd.server.membership import Member
 from optimd.server.opening import read_layout, read_opening
@@ -45,6 +51,7 @@ class TrainSession:
         self._incoming = Incoming(requests)
         self._job: Job | None = None
         self._member: Member | None = None
+        self._on_opened: Callable[[], None] = lambda: None
 
     def disconnect(self) -> None:
         """The line is down: stops what waits on the worker's behalf."""
@@ -52,12 +59,16 @@ class TrainSession:
         if job is not None and member is not None:
             job.disconnect(member)
 
-    def responses(self) -> Iterator[bytes]:
+    def responses(self, *, on_opened: Callable[[], None] = lambda: None) -> Iterator[bytes]:
         """What is to be sent, serialised, in order.
+
+        Args:
+            on_opened: Called when the worker has said what it is and what it has.
 
         Raises:
             RequestError: the stream cannot go on.
         """
+        self._on_opened = on_opened
         try:
             for response in self._serve():
                 if self._member is not None:
@@ -67,14 +78,16 @@ class TrainSession:
         finally:
             if self._job is not None and self._member is not None:
                 self._registry.leave(self._job, self._member)
-                _log.info("job %s: rank %d left", self._job.name, self._member.worker.rank)
+
+    def _attach(self, job: Job) -> None:
+        self._job = job
 
     def _serve(self) -> Iterator[bytes]:
         job, member = yield from self._open()
         while True:
             received = self._incoming.receive()
             if received is None:
-                return
+                break
             kind, message, _ = received
             match kind:
                 case "step_begin":
@@ -84,9 +97,10 @@ class TrainSession:
                 case "load_state":
                     yield from self._load_state(job, member, message.load_state)
                 case "leave":
-                    return
+                    break
                 case _:
                     raise OutOfOrderError(f"{kind} came between two steps")
+        _log.info("job %s: rank %d left", job.name, member.worker.rank)
 
     # --- opening and growing
 
@@ -94,29 +108,30 @@ class TrainSession:
         _, message, _ = self._incoming.expect("open")
         opening = read_opening(message.open)
         layout = read_layout(self._incoming.layout_pages(), max_bytes=self._registry.max_job_bytes)
+        self._on_opened()
         member = Member(opening.worker, opening.incarnation)
         self._member = member
-        job, creates = self._registry.enter(opening, layout, member)
-        self._job = job
+        job, creates = self._registry.enter(opening, layout, member, on_job=self._attach)
         resumed = not creates and job.step > 0
         _log.info(
-            "job %s: rank %d (%s) %s at step %d",
+            "job %s: rank %d (%s, optimd %s) %s at step %d",
             job.name,
             member.worker.rank,
             member.worker.worker_id,
+            message.open.client_version or "of another make",
             "created it" if creates else "joined",
             job.step,
         )
         if creates:
             buckets = job.grow(member, layout.groups, layout.sizes, layout.parameters)
         else:
-            buckets = job.store.buckets
+            buckets = list(job.store.buckets)
         yield from self._exchange_values(job, member, buckets, creates=creates, resumed=resumed, first_group=0)
         return job, member
 
     def _add_param_group(self, job: Job, member: Member, message: training_pb2.AddParamGroup) -> Iterator[bytes]:
-        left = self._registry.max_job_bytes - job.store.value_bytes - job.store.state_bytes
-        layout = read_layout(self._incoming.layout_pages(), max_bytes=left)
+        left = self._registry.max_job_bytes - job.full_bytes
+        layout = read_layout(self._incoming.layout_pages(), max_bytes=left, first_group=message.group)
         if len(layout.groups) != 1:
             raise InvalidFieldError("LayoutPage.groups", "an added layout has exactly one group")
         known = job.await_growth(member, message.group, layout.parameters)
@@ -161,12 +176,9 @@ class TrainSession:
                 yield encode(training_pb2.TrainResponse(layout=layout))
             for bucket in buckets:
                 yield _values(job, bucket, [True] * len(bucket.slices))
-        record = job.record(member.worker.worker_id)
-        yield encode(
-            training_pb2.TrainResponse(
-                ready=job_pb2.JobReady(job_step=job.step, next_sequence=record.next_sequence, load_count=job.load_count)
-            )
-        )
+        step, sequence, load_count = job.welcome(member)
+        ready = job_pb2.JobReady(job_step=step, next_sequence=sequence, load_count=load_count)
+        yield encode(training_pb2.TrainResponse(ready=ready))
 
     def _receive_values(self, job: Job, buckets: Sequence[Bucket]) -> None:
         awaited = {bucket.bucket_id for bucket in buckets}
@@ -183,6 +195,14 @@ class TrainSession:
     # --- a step
 
     def _step(self, job: Job, member: Member, begin: training_pb2.StepBegin) -> Iterator[bytes]:
+        try:
+            for _ in range(begin.param_group_pages):
+                _, message, _ = self._incoming.expect("param_groups")
+                for group in message.param_groups.groups:
+                    job.set_hyperparameters(member, group.index, _decode_group(group))
+        except UpdateRefusedError as error:
+            yield from self._refuse_step(error)
+            return
         round_ = job.begin(
             member,
             sequence=begin.sequence,
@@ -190,11 +210,8 @@ class TrainSession:
             group_count=begin.group_count,
             load_count=begin.load_count,
         )
-        for _ in range(begin.param_group_pages):
-            _, message, _ = self._incoming.expect("param_groups")
-            for group in message.param_groups.groups:
-                job.set_hyperparameters(member, group.index, _decode_group(group))
         pushed: set[int] = set()
+        split = SplitParameters(job.store)
         sent = 0
         while True:
             kind, message, frame = self._incoming.expect("bucket", "step_end")
@@ -203,6 +220,7 @@ class TrainSession:
                     raise InvalidFieldError(
                         "StepEnd.bucket_count", f"{message.step_end.bucket_count}, but {len(pushed)} have come"
                     )
+                split.check()
                 break
             what, bucket, present, payload = read_bucket(message.bucket, frame, job.store.buckets)
             if what != GRADIENT or bucket.bucket_id in pushed:
@@ -210,6 +228,7 @@ class TrainSession:
                     "TensorBucket", f"{what} of bucket {bucket.bucket_id} has no place here, or came a second time"
                 )
             pushed.add(bucket.bucket_id)
+            split.see(bucket, present)
             job.push(member, round_, bucket, present, payload)
             # Nothing may hold the received bytes while this thread waits for the next ones.
             del message, frame, payload
@@ -225,6 +244,13 @@ class TrainSession:
             if round_.commit is not None and sent == len(round_.applied):
                 break
         yield _receipt(begin.sequence, round_)
+
+    def _refuse_step(self, error: UpdateRefusedError) -> Iterator[bytes]:
+        """Reads a push to its end and says that it is not taken. Nothing has begun: the stream goes on."""
+        while self._incoming.expect("param_groups", "bucket", "step_end")[0] != "step_end":
+            pass
+        detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
+        yield encode(training_pb2.TrainResponse(step_refused=detail))
 
     # --- a state_dict
 
@@ -264,6 +290,7 @@ class TrainSession:
                 "StateDictPage.param_groups", f"there are {len(groups)}, the job has {len(job.groups)}"
             )
         staged = job.store.stage(entries)
+        received = 0
         awaited = {
             (kind, bucket.bucket_id)
             for bucket in job.store.buckets
@@ -281,8 +308,13 @@ class TrainSession:
                 )
             awaited.discard((what, bucket.bucket_id))
             staged.write(what, bucket, present, payload)
+            received += 1
+        if message.load_state_end.bucket_count != received:
+            raise InvalidFieldError(
+                "LoadStateEnd.bucket_count", f"{message.load_state_end.bucket_count}, but {received} have come"
+            )
         if awaited:
-            raise InvalidFieldError("LoadStateEnd.bucket_count", f"{len(awaited)} buckets of state are missing")
+            raise InvalidFieldError("LoadStateEnd", f"{len(awaited)} buckets of state are missing")
         return groups, staged
 
 

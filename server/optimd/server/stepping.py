@@ -7,7 +7,8 @@ called with the job's lock held.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from optimd.server import update
 from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Worker
-from optimd.server.errors import UpdateRefusedError
+from optimd.server.errors import LimitExceededError, UpdateRefusedError
 from optimd.server.membership import Member, disagree, speaker
 from optimd.server.store import Store
 from optimd.wire.layout import Bucket
@@ -101,7 +102,7 @@ class Stepper:
         """
         try:
             self._contribute(worker, bucket, present, payload, decisions)
-        except UpdateRefusedError as error:
+        except Exception as error:
             self._fail(error)
             raise
 
@@ -143,7 +144,7 @@ class Stepper:
                         self._commit(round_, decision)
                     case Abandon(lost=lost):
                         self._abandon(round_, lost)
-        except UpdateRefusedError as error:
+        except Exception as error:
             self._fail(error)
             raise
         return round_ if round_.is_over else None
@@ -165,10 +166,8 @@ class Stepper:
         grads: Sequence[torch.Tensor],
     ) -> None:
         round_ = self._settle(contributors)
-        try:
+        with _torchs_errors():
             self._store.apply(bucket, present, grads, round_.groups[bucket.group])
-        except RuntimeError as error:
-            raise UpdateRefusedError(f"torch refused the update: {error}") from error
         round_.applied.append((bucket.bucket_id, list(present)))
 
     def _apply_deferred(self, round_: Round) -> None:
@@ -182,10 +181,8 @@ class Stepper:
             if any(accumulator.present[position] for accumulator, position in places):
                 grads = [accumulator.slice(position) for accumulator, position in places]
                 group = self._store.buckets[self._store.places(index)[0][0]].group
-                try:
+                with _torchs_errors():
                     self._store.apply_whole(index, grads, round_.groups[group])
-                except RuntimeError as error:
-                    raise UpdateRefusedError(f"torch refused the update: {error}") from error
         for bucket_id in sorted(self._deferred):
             round_.applied.append((bucket_id, self._accumulators[bucket_id].present))
             self._accumulators[bucket_id].clear()
@@ -218,6 +215,11 @@ class Stepper:
         )
 
     def _abandon(self, round_: Round, lost: tuple[Worker, ...]) -> None:
+        if not round_.applied and not any(any(a.present) for a in self._accumulators.values()):
+            # Nobody had sent anything yet.
+            round_.abandoned = True
+            self._forget()
+            return
         _log.warning(
             "job %s: every worker of the open step was lost (rank %s); its gradients are discarded",
             self._job,
@@ -226,7 +228,7 @@ class Stepper:
         round_.abandoned = True
         self._forget()
 
-    def _fail(self, error: UpdateRefusedError) -> None:
+    def _fail(self, error: Exception) -> None:
         """Ends the round for all its workers. Buckets that were applied before stay so."""
         if self._round is not None:
             self._round.failure = error
@@ -261,3 +263,14 @@ class Stepper:
             accumulator = GradientAccumulator(bucket, self._store.device)
             self._accumulators[bucket.bucket_id] = accumulator
         return accumulator
+
+
+@contextmanager
+def _torchs_errors() -> Iterator[None]:
+    """Tells a refusal, which is the worker's business, from a device that is full, which is the operator's."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LimitExceededError(f"the server's device has no memory left: {error}") from error
+    except RuntimeError as error:
+        raise UpdateRefusedError(f"torch refused the update: {error}") from error

@@ -85,6 +85,13 @@ class Store:
             for position, piece in enumerate(bucket.slices):
                 self._places[piece.parameter].append((bucket.bucket_id, position))
 
+    def truncate(self, parameter_count: int, bucket_count: int) -> None:
+        """Drops the parameters and buckets that were added last, down to these numbers of them."""
+        for things in (self.parameters, self._values, self._state, self._places):
+            del things[parameter_count:]
+        del self.buckets[bucket_count:]
+        del self._views[bucket_count:]
+
     def write_values(self, bucket: Bucket, payload: torch.Tensor) -> None:
         """Sets the values of a whole bucket.
 

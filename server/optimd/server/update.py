@@ -98,24 +98,28 @@ def update(
         raise RuntimeError(reason)
     beta1, beta2 = options["betas"]
     fused = uses_fused(options, params[0].dtype)
-    adam(
-        list(params),
-        list(grads),
-        list(state["exp_avg"]),
-        list(state["exp_avg_sq"]),
-        list(state.get("max_exp_avg_sq", ())),
-        list(steps),
-        foreach=False if fused else options["foreach"],
-        fused=fused or options["fused"],
-        capturable=options["capturable"],
-        differentiable=False,
-        has_complex=params[0].is_complex(),
-        amsgrad=options["amsgrad"],
-        beta1=beta1,
-        beta2=beta2,
-        lr=options["lr"],
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
-        maximize=options["maximize"],
-        decoupled_weight_decay=options["decoupled_weight_decay"],
-    )
+    try:
+        adam(
+            list(params),
+            list(grads),
+            list(state["exp_avg"]),
+            list(state["exp_avg_sq"]),
+            list(state.get("max_exp_avg_sq", ())),
+            list(steps),
+            foreach=False if fused else options["foreach"],
+            fused=fused or options["fused"],
+            capturable=options["capturable"],
+            differentiable=False,
+            has_complex=params[0].is_complex(),
+            amsgrad=options["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=options["lr"],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=options["maximize"],
+            decoupled_weight_decay=options["decoupled_weight_decay"],
+        )
+    except (ArithmeticError, TypeError, ValueError) as error:
+        # What torch's kernels in Python make of numbers that they cannot compute with.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error

@@ -47,8 +47,8 @@ class OptimizerServiceStub:
     Idempotent, may be retried at will, takes no part in any order.
     """
     Train: _grpc.StreamStreamMultiCallable[_training_pb2.TrainRequest, _training_pb2.TrainResponse]
-    """Opens a job and trains on it. One stream is one worker: the worker is a member of the job from its JobReady
-    until the stream ends, however it ends.
+    """Opens a job and trains on it. One stream is one worker: the worker is a member of the job, whose steps wait
+    for it, from its LayoutAccepted until the stream ends, however it ends.
 
     Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
     LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
@@ -68,7 +68,7 @@ class OptimizerServiceStub:
 
     Errors:
     - INVALID_ARGUMENT (INVALID_FIELD): a payload of the wrong length, an unknown bucket, a bucket sent twice, a
-      malformed layout. (UPDATE_REFUSED): torch refused the update.
+      malformed layout. (UPDATE_REFUSED): torch refused the update, or the options of a layout.
     - FAILED_PRECONDITION (JOB_MISMATCH): parameters, groups, settings or loads are not the job's; the message names
       the first that differs. (OUT_OF_ORDER): a message out of order, a wrong sequence number.
     - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
@@ -82,13 +82,15 @@ class OptimizerServiceStub:
 
     The answer is consistent: the server lets no step be applied between its first message and its last. A reader
     that is slow holds steps up; one that stops reading is cut off after a minute with DEADLINE_EXCEEDED
-    (STEP_TIMEOUT). Waits for an open step to be committed.
+    (STEP_TIMEOUT). Waits for a step of which a part has been applied, not for one that waits for other workers.
 
     Idempotent; a retry starts from the beginning and may see a later step.
 
     Errors:
     - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
     - INVALID_ARGUMENT (INVALID_FIELD): a parameter index or a kind that the job does not have.
+    - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many reads at once. Answered at once, never by waiting.
+    - DEADLINE_EXCEEDED (STEP_TIMEOUT): the step was not committed in time, or see above.
     """
 
 @_typing.type_check_only
@@ -109,8 +111,8 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Idempotent, may be retried at will, takes no part in any order.
     """
     Train: _aio.StreamStreamMultiCallable[_training_pb2.TrainRequest, _training_pb2.TrainResponse]  # type: ignore[assignment]
-    """Opens a job and trains on it. One stream is one worker: the worker is a member of the job from its JobReady
-    until the stream ends, however it ends.
+    """Opens a job and trains on it. One stream is one worker: the worker is a member of the job, whose steps wait
+    for it, from its LayoutAccepted until the stream ends, however it ends.
 
     Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
     LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
@@ -130,7 +132,7 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
 
     Errors:
     - INVALID_ARGUMENT (INVALID_FIELD): a payload of the wrong length, an unknown bucket, a bucket sent twice, a
-      malformed layout. (UPDATE_REFUSED): torch refused the update.
+      malformed layout. (UPDATE_REFUSED): torch refused the update, or the options of a layout.
     - FAILED_PRECONDITION (JOB_MISMATCH): parameters, groups, settings or loads are not the job's; the message names
       the first that differs. (OUT_OF_ORDER): a message out of order, a wrong sequence number.
     - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
@@ -144,13 +146,15 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
 
     The answer is consistent: the server lets no step be applied between its first message and its last. A reader
     that is slow holds steps up; one that stops reading is cut off after a minute with DEADLINE_EXCEEDED
-    (STEP_TIMEOUT). Waits for an open step to be committed.
+    (STEP_TIMEOUT). Waits for a step of which a part has been applied, not for one that waits for other workers.
 
     Idempotent; a retry starts from the beginning and may see a later step.
 
     Errors:
     - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
     - INVALID_ARGUMENT (INVALID_FIELD): a parameter index or a kind that the job does not have.
+    - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many reads at once. Answered at once, never by waiting.
+    - DEADLINE_EXCEEDED (STEP_TIMEOUT): the step was not committed in time, or see above.
     """
 
 class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -180,8 +184,8 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_training_pb2.TrainRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.TrainResponse], _abc.AsyncIterator[_training_pb2.TrainResponse]]:
-        """Opens a job and trains on it. One stream is one worker: the worker is a member of the job from its JobReady
-        until the stream ends, however it ends.
+        """Opens a job and trains on it. One stream is one worker: the worker is a member of the job, whose steps wait
+        for it, from its LayoutAccepted until the stream ends, however it ends.
 
         Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
         LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
@@ -201,7 +205,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT (INVALID_FIELD): a payload of the wrong length, an unknown bucket, a bucket sent twice, a
-          malformed layout. (UPDATE_REFUSED): torch refused the update.
+          malformed layout. (UPDATE_REFUSED): torch refused the update, or the options of a layout.
         - FAILED_PRECONDITION (JOB_MISMATCH): parameters, groups, settings or loads are not the job's; the message names
           the first that differs. (OUT_OF_ORDER): a message out of order, a wrong sequence number.
         - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
@@ -221,13 +225,15 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The answer is consistent: the server lets no step be applied between its first message and its last. A reader
         that is slow holds steps up; one that stops reading is cut off after a minute with DEADLINE_EXCEEDED
-        (STEP_TIMEOUT). Waits for an open step to be committed.
+        (STEP_TIMEOUT). Waits for a step of which a part has been applied, not for one that waits for other workers.
 
         Idempotent; a retry starts from the beginning and may see a later step.
 
         Errors:
         - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
         - INVALID_ARGUMENT (INVALID_FIELD): a parameter index or a kind that the job does not have.
+        - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many reads at once. Answered at once, never by waiting.
+        - DEADLINE_EXCEEDED (STEP_TIMEOUT): the step was not committed in time, or see above.
         """
 
 def add_OptimizerServiceServicer_to_server(servicer: OptimizerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

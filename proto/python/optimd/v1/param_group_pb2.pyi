@@ -80,9 +80,7 @@ class ParamGroup(_message.Message):
     def __init__(self, index: _Optional[int] = ..., parameter_count: _Optional[int] = ..., adam: _Optional[_Union[AdamOptions, _Mapping]] = ..., extra: _Optional[_Mapping[str, ExtraValue]] = ...) -> None: ...
 
 class ParamGroupsPage(_message.Message):
-    __slots__ = ("groups", "last")
+    __slots__ = ("groups",)
     GROUPS_FIELD_NUMBER: _ClassVar[int]
-    LAST_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[ParamGroup]
-    last: bool
-    def __init__(self, groups: _Optional[_Iterable[_Union[ParamGroup, _Mapping]]] = ..., last: bool = ...) -> None: ...
+    def __init__(self, groups: _Optional[_Iterable[_Union[ParamGroup, _Mapping]]] = ...) -> None: ...

@@ -124,7 +124,7 @@ class TrainRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_answer", "state_loaded", "payload")
+    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_answer", "state_loaded", "step_refused", "payload")
     LAYOUT_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class TrainResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATE_ANSWER_FIELD_NUMBER: _ClassVar[int]
     STATE_LOADED_FIELD_NUMBER: _ClassVar[int]
+    STEP_REFUSED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     layout_accepted: _job_pb2.LayoutAccepted
     bucket_table: _tensor_pb2.BucketTablePage
@@ -142,5 +143,6 @@ class TrainResponse(_message.Message):
     receipt: StepReceipt
     load_state_answer: LoadStateAnswer
     state_loaded: StateLoaded
+    step_refused: _errors_pb2.ErrorDetail
     payload: bytes
-    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_answer: _Optional[_Union[LoadStateAnswer, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_answer: _Optional[_Union[LoadStateAnswer, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., step_refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...

@@ -14,7 +14,7 @@ import torch
 
 from optimd.v1 import tensor_pb2
 from optimd.wire.dtypes import decode_dtype, encode_dtype
-from optimd.wire.limits import MAX_BUCKET_SLICES, MAX_PARAMETER_DIMS, SLICE_ALIGNMENT
+from optimd.wire.limits import MAX_BUCKET_SLICES, MAX_NAME_BYTES, MAX_PARAMETER_DIMS, SLICE_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,11 @@ def decode_parameter(spec: tensor_pb2.ParameterSpec) -> Parameter:
     """The parameter that `spec` describes.
 
     Raises:
-        ValueError: its dtype, shape or memory order is not one.
+        ValueError: its name, dtype, shape or memory order is not one.
     """
     shape = tuple(spec.shape)
+    if len(spec.name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"a name of {len(spec.name.encode())} bytes; at most {MAX_NAME_BYTES} are possible")
     if len(shape) > MAX_PARAMETER_DIMS:
         raise ValueError(f"{len(shape)} dimensions; at most {MAX_PARAMETER_DIMS} are possible")
     order = tuple(spec.memory_order) or tuple(range(len(shape)))

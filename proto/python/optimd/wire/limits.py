@@ -29,5 +29,5 @@ PAGE_BYTES: Final = 1024 * 1024
 MAX_PARAMETER_DIMS: Final = 64
 """The most dimensions of a parameter, as in torch."""
 
-MAX_NAME_BYTES: Final = 256
-"""The longest name of a job or a worker, in UTF-8."""
+MAX_NAME_BYTES: Final = 1024
+"""The longest name of a job, a worker or a parameter, in UTF-8."""

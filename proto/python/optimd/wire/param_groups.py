@@ -61,7 +61,7 @@ def decode_group(message: param_group_pb2.ParamGroup) -> dict[str, Any]:
     """The options in `message` as one of torch's param_groups, without its parameters.
 
     Raises:
-        ValueError: the message has options of no rule.
+        ValueError: the message has options of no rule, or an extra in the place of one.
     """
     rule = message.WhichOneof("options")
     if rule is None:
@@ -77,6 +77,8 @@ def decode_group(message: param_group_pb2.ParamGroup) -> dict[str, Any]:
         else:
             group[field.name] = getattr(options, field.name)
     for key, value in message.extra.items():
+        if key in group or key in _NOT_OPTIONS:
+            raise ValueError(f"extra must not have {key!r}, which is an option of its own")
         group[key] = _decode_extra(value)
     return group
 
