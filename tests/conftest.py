@@ -40,8 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's own environment must not decide what a test connects to."""
-    for name in ("OPTIMD_SERVER", "OPTIMD_JOB", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [*os.environ]:
+        if name.startswith(("OPTIMD_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_")) or name in {
+            "RANK",
+            "WORLD_SIZE",
+        }:
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

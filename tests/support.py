@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -87,3 +89,13 @@ def assert_equal_states(ours: torch.optim.Optimizer, theirs: torch.optim.Optimiz
             assert mine[index][key].dtype == value.dtype, (index, key)
             assert mine[index][key].shape == value.shape, (index, key)
             assert torch.equal(mine[index][key], value), (index, key)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+    """Whether `condition` comes true in time. For what other processes do, which nothing here can wait for."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        threading.Event().wait(0.02)
+    return condition()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import tempfile
 import threading
 import time
 from concurrent import futures
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import nn
 
 from optimd.client import (
@@ -24,6 +26,7 @@ from optimd.client import (
     ProxyOptions,
     ServerUnavailableError,
     Sync,
+    UnknownJobError,
     WorkerInUseError,
 )
 from optimd.server import Server
@@ -205,9 +208,7 @@ def test_an_unreachable_server_is_named_after_retry_timeout_s() -> None:
 
 def test_a_server_that_comes_up_within_the_timeout_is_found() -> None:
     """Workers may be started before their server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"unix://{tempfile.mkdtemp(prefix='t-')}/s.sock"
     opened: list[Adam] = []
 
     def open_early() -> None:
@@ -242,10 +243,13 @@ def test_an_address_that_is_none_is_refused_at_once(address: str) -> None:
 
 def test_workers_beyond_the_limit_are_refused_at_once_while_others_go_on() -> None:
     """The message names the flag. Health and reads answer while every stream is taken."""
-    with running_server(max_workers=2) as server:
+    with running_server(max_workers=2, health=True) as server, grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
         held = [Adam(weights((2,)), server=server.address) for _ in range(2)]
         with pytest.raises(LimitExceededError, match="--max-workers"):
             Adam(weights((2,)), server=server.address)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
         for optimizer in held:
             step(optimizer)
             assert optimizer.state_dict()["state"][0]["step"] == 1
@@ -319,3 +323,28 @@ def test_options_out_of_range_are_refused_when_they_are_made(build: Any) -> None
     """Where the mistake is, not where it hurts."""
     with pytest.raises(ConfigurationError):
         build()
+
+
+def test_thousands_of_long_names_travel_in_pages(server: Server) -> None:
+    """2 MB of names, up with the creator and down with the joiner."""
+
+    def named() -> list[tuple[str, nn.Parameter]]:
+        return [(f"{index:04}" + "n" * 996, nn.Parameter(torch.ones(1))) for index in range(2000)]
+
+    with Adam(named(), server=server.address, job="paged") as first:
+        assert first.job_step == 0
+    mistaken = named()
+    mistaken[1999] = ("0" * 1000, mistaken[1999][1])
+    with pytest.raises(JobMismatchError, match="parameter 1999"):
+        Adam(mistaken, server=server.address, job="paged")
+    with Adam(named(), server=server.address, job="paged") as second:
+        step(second)
+
+
+def test_reading_from_a_job_that_was_deleted_is_an_unknown_job(server: Server) -> None:
+    """By its name."""
+    with Adam(weights((2,)), server=server.address, job="gone") as optimizer:
+        step(optimizer)
+        server.registry.delete("gone", force=True)
+        with pytest.raises(UnknownJobError, match="there is no job 'gone'"):
+            optimizer.state_dict()

@@ -6,13 +6,21 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, AdamW, ConfigurationError, OptimizerClosedError
+from optimd.client import (
+    Adam,
+    AdamW,
+    ConfigurationError,
+    LimitExceededError,
+    OptimizerClosedError,
+    UpdateRefusedError,
+)
 from optimd.server import Server
 from tests.support import assert_equal_parameters, assert_equal_states
 
@@ -347,3 +355,119 @@ def test_grad_scaler_trains_as_with_torchs(server: Server) -> None:
                 scaler.update()
         assert remote.job_step == 3
         assert_equal_parameters(ours, theirs)
+
+
+def test_refused_groups_loads_and_values_leave_the_optimizer_as_it_was(server: Server) -> None:
+    """A private job, whose state would go with its stream: after each refusal it steps as torch does."""
+    ours, theirs = net(), net()
+
+    def bad_group(**changes: Any) -> dict[str, Any]:
+        return {"params": [nn.Parameter(torch.ones(3))], **changes}
+
+    with Adam(ours.parameters(), fused=True, server=server.address) as remote:
+        local = torch.optim.Adam(theirs.parameters(), fused=True)
+
+        def step(number: int) -> None:
+            for model, optimizer in ((ours, remote), (theirs, local)):
+                backward(model, number)
+                optimizer.step()
+            assert_equal_parameters(ours, theirs)
+
+        step(0)
+        with pytest.raises(UpdateRefusedError, match="CUDA"):
+            remote.add_param_group(bad_group(capturable=True))
+        step(1)
+        with pytest.raises(ConfigurationError, match="differentiable"):
+            remote.add_param_group(bad_group(differentiable=True))
+        with pytest.raises(LimitExceededError, match="--max-job-bytes"):
+            huge = nn.Parameter(torch.ones(1).expand(1_000_000_000_000))
+            remote.add_param_group({"params": [huge]})
+        step(2)
+        q = nn.Parameter(torch.ones(3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="duplicate"):
+                remote.add_param_group({"params": [q, q]})
+        step(3)
+        capturable = remote.state_dict()
+        capturable["param_groups"][0].update(capturable=True, fused=None)
+        with pytest.raises(UpdateRefusedError, match="CUDA"):
+            remote.load_state_dict(capturable)
+        assert not remote.param_groups[0]["capturable"]
+        step(4)
+        remote.param_groups[0]["lr"] = "0.1"
+        backward(ours, 5)
+        with pytest.raises(TypeError):
+            remote.step()
+        remote.param_groups[0]["lr"] = 1e-3
+        step(5)
+        assert len(remote.param_groups) == 1
+        assert_equal_states(remote, local)
+
+
+def test_a_gradient_of_another_dtype_or_shape_is_refused_by_name(server: Server) -> None:
+    """Where torch lets a user set one; its bytes would be taken for others."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    with Adam([("weight", p)], server=server.address) as remote:
+        p.grad = torch.ones(4, dtype=torch.bfloat16)
+        remote.step()
+        if hasattr(p, "grad_dtype"):
+            p.grad = None
+            p.grad_dtype = torch.float32
+            p.grad = torch.ones(4)
+            with pytest.raises(
+                RuntimeError, match=r"parameter 0 \(weight\) is torch.bfloat16 .* its gradient torch.float32"
+            ):
+                remote.step()
+            p.grad = None
+            p.grad_dtype = torch.bfloat16
+        p.grad = torch.ones(4, dtype=torch.bfloat16)
+        remote.step()
+        assert remote.job_step == 2
+
+
+def test_hooks_of_a_load_see_what_is_being_loaded(server: Server) -> None:
+    """The server does not have it yet; they may look all the same."""
+    model, seen = net(), []
+    with Adam(model.parameters(), server=server.address) as remote:
+        backward(model, 0)
+        remote.step()
+        saved = remote.state_dict()
+        remote.step()
+        remote.register_load_state_dict_post_hook(lambda o: seen.append(o.state_dict()["state"][0]["step"].item()))
+        remote.load_state_dict(saved)
+        assert seen == [1.0]
+        assert remote.state[model[0].weight]["step"] == 1
+
+
+def test_a_copy_is_private_whatever_the_environment_calls_the_original(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither joins the original's job nor stays on the server."""
+    monkeypatch.setenv("OPTIMD_JOB", "exp1")
+    model = net()
+    with Adam(model.parameters(), server=server.address) as remote:
+        backward(model, 0)
+        remote.step()
+        pickled = pickle.dumps(remote)
+    with pickle.loads(pickled) as twin:
+        assert twin.job.startswith("private-")
+        assert twin.job_step == 0
+    (job,) = server.registry.all()
+    assert (job.name, job.step) == ("exp1", 1)
+
+
+def test_tensors_larger_than_the_default_bucket_have_torchs_bits(server: Server) -> None:
+    """1.2 MB in two buckets, the second shared with what follows."""
+    start = [torch.randn(300_001), torch.randn(77)]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    with Adam(ours, fused=True, server=server.address) as remote:
+        assert len(server.registry.all()[0].store.buckets) == 2
+        local = torch.optim.Adam(theirs, fused=True)
+        for step in range(5):
+            for params, optimizer in ((ours, remote), (theirs, local)):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+                optimizer.step()
+        assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+        assert_equal_states(remote, local)

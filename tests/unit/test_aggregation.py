@@ -612,7 +612,7 @@ def test_a_commit_names_exactly_those_whose_gradients_are_in(
 @several
 @schedules
 def test_the_last_to_leave_closes_the_step(schedule: list[int], *, world_size: int, streaming: bool) -> None:
-    """With a commit if anything was applied, else with an abandonment. A step without any push ends with who began it."""
+    """With a commit if anything was applied, else with an abandonment."""
 
     def check(simulation: Simulation, outcome: Outcome) -> None:
         if simulation.live:

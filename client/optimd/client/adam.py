@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -18,14 +19,18 @@ class _AdamRule(OptimizerProxy):
     _rule: ClassVar[str] = "adam"
     _state_tensors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
-    def _connect(self, server: str | None, job: str | None, options: ProxyOptions | None) -> None:
-        if any(group["differentiable"] for group in self.param_groups):
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        if group["differentiable"]:
             raise ConfigurationError(
                 "differentiable=True needs the optimizer state in the worker's autograd graph; use torch's own class"
             )
+
+    def _connect(
+        self, server: str | None, job: str | None, options: ProxyOptions | None, *, private: bool = False
+    ) -> None:
         # torch's GradScaler hands a scale to an optimizer that says it takes one. This one wants unscaled gradients.
         self._step_supports_amp_scaling = False
-        super()._connect(server, job, options)
+        super()._connect(server, job, options, private=private)
 
 
 class Adam(_AdamRule, torch.optim.Adam):

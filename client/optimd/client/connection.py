@@ -158,6 +158,11 @@ class Connection:
         self._channel = self._stream = None
         return kept
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this process opened it. In a forked child nothing of it may be touched."""
+        return os.getpid() == self._pid
+
     def check(self) -> grpc.Channel:
         """The channel, if it can be used here.
 
@@ -165,7 +170,7 @@ class Connection:
             ForkedProcessError: this process is a child of the one that opened it.
             OptimizerClosedError: it is closed.
         """
-        if os.getpid() != self._pid:
+        if not self.is_own:
             raise ForkedProcessError(
                 f"this optimizer belongs to process {self._pid}; a forked child cannot use it. Create one in the "
                 "child, or start the child with the spawn method"
@@ -221,7 +226,7 @@ class Connection:
         """Ends the stream and the channel at once. May be called from any thread, and more than once."""
         stream, channel = self._stream, self._channel
         self._stream = self._channel = None
-        if os.getpid() != self._pid:
+        if not self.is_own:
             return
         if stream is not None:
             stream.cancel()

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Final
@@ -158,15 +158,19 @@ def _start(folder: Path) -> int:
         )
         os.close(ready_of_child)
         ready_of_child = -1
-        if not _wait_for_line(ready, _START_TIMEOUT_S):
+        try:
+            if not _wait_for_line(ready, _START_TIMEOUT_S):
+                raise EmbeddedServerError(  # noqa: TRY301  # ends the process below, as an interrupt does
+                    "the embedded server did not start; what it said is on this process's stderr. Start one by hand "
+                    "with `optimd serve` and pass server=..."
+                )
+            # From here on only as a writer: a reader of our own would hide that the server is gone.
+            writer = os.open(lifeline_path, os.O_WRONLY | os.O_NONBLOCK)
+        except BaseException:
             process.kill()
-            status = process.wait()
-            raise EmbeddedServerError(
-                f"the embedded server did not start (exit status {status}); what it said is on this process's stderr. "
-                "Start one by hand with `optimd serve` and pass server=..."
-            )
-        # From here on only as a writer: a reader of our own would hide that the server is gone.
-        writer = os.open(lifeline_path, os.O_WRONLY | os.O_NONBLOCK)
+            process.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
         os.close(lifeline)
         os.close(ready)
@@ -198,6 +202,8 @@ def _answers(folder: Path) -> bool:
 
 def _sweep(parent: Path) -> None:
     """Removes folders whose server was killed before it could do so itself."""
-    for folder in parent.iterdir():
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S and not _answers(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in parent.glob("*-*"):
+        # Servers remove their own folders meanwhile.
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S and not _answers(folder):
+                shutil.rmtree(folder, ignore_errors=True)

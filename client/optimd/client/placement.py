@@ -35,7 +35,8 @@ class NameRegistry:
     """The names under which this process's optimizers are in their jobs. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: names are given back by finalizers, which the garbage collector may run in the middle of `take`.
+        self._lock = threading.RLock()
         self._taken: set[tuple[str, str]] = set()  # guarded by self._lock
 
     def take(self, job: str, worker_id: str) -> str:
@@ -67,9 +68,23 @@ class Placement:
 
 
 def place(
-    server: str | None, job: str | None, options: ProxyOptions, environment: WorkerEnvironment, *, rule: str
+    server: str | None,
+    job: str | None,
+    options: ProxyOptions,
+    environment: WorkerEnvironment,
+    *,
+    rule: str,
+    private: bool = False,
 ) -> Placement:
     """Decides where a new optimizer's job is. Takes its name: `names.give_back` it.
+
+    Args:
+        server: The constructor's argument.
+        job: The constructor's argument.
+        options: The constructor's argument.
+        environment: What the environment says.
+        rule: The update rule, by the schema's name.
+        private: Whether the job is to be this optimizer's own, whatever the environment calls the others'.
 
     Raises:
         ConfigurationError: arguments and environment do not say where, or contradict each other.
@@ -84,12 +99,12 @@ def place(
     address = server or environment.server
     if address is not None:
         _check_address(address)
-    elif world_size > environment.local_world_size:
+    elif world_size > environment.local_world_size or (world_size > 1 and environment.host_group is None):
         raise ConfigurationError(
-            f"{world_size} workers, of which {environment.local_world_size} on this host, need a server that all of "
+            f"{world_size} workers that no torchrun has started together on this host need a server that all of "
             'them can reach: start one with `optimd serve` and pass server="host:port" (or set OPTIMD_SERVER)'
         )
-    name = job or environment.job or environment.run_id
+    name = None if private else job or environment.job or environment.run_id
     private = name is None and world_size == 1
     if private:
         name = f"private-{uuid.uuid4()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -53,19 +54,21 @@ class OptimizerProxy(Optimizer):
     last_receipt: StepReceipt | None = None
     """What became of the last `step()`; None before the first."""
 
-    def _connect(self, server: str | None, job: str | None, options: ProxyOptions | None) -> None:
+    def _connect(
+        self, server: str | None, job: str | None, options: ProxyOptions | None, *, private: bool = False
+    ) -> None:
         """Opens the job, once torch's constructor has built the param_groups.
 
         Raises:
             ValueError: parameters that a server cannot hold, or that share memory.
             OptimdError: the job cannot be opened.
         """
-        self._requested_server = server
+        self._requested = (server, options or ProxyOptions())
         tensors = self._tensors()
         parameters = self._described(self.param_groups)
         refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
         options = options or ProxyOptions()
-        placement = place(server, job, options, read_environment(), rule=self._rule)
+        placement = place(server, job, options, read_environment(), rule=self._rule, private=private)
         name = (placement.request.job, placement.request.worker_id)
         connection: Connection | None = None
         try:
@@ -160,14 +163,12 @@ class OptimizerProxy(Optimizer):
             ValueError: torch does not take it, or a parameter shares memory with another or is given twice.
             OptimdError: the job does not take it. The param_groups are as they were.
         """
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            _untraced(super().add_param_group)(param_group)
-        for warning in caught:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        before = len(self.param_groups)
         try:
-            group = self.param_groups[-1]
+            _untraced(super().add_param_group)(param_group)
+            group = self.param_groups[before]
             _refuse_repetition(group)
+            self._check_group(group)
             if self._session is not None:
                 tensors = self._tensors()
                 titles = [parameter.name for parameter in self._described(self.param_groups)]
@@ -177,8 +178,11 @@ class OptimizerProxy(Optimizer):
                 if adopted is not None:
                     _adopt(group, adopted)
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuses, in the constructor and in `add_param_group`, options that no server can step with."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002  # torch's signature
         """Clears the gradients, as torch's does. Does not reach the server.
@@ -194,6 +198,9 @@ class OptimizerProxy(Optimizer):
         Raises:
             OptimdError: the server cannot be read.
         """
+        if "state" in self.__dict__:
+            # A hook of load_state_dict looks at what is being loaded, before the server has it.
+            return _untraced(super().state_dict)()
         with self._state_here():
             own = self._tensors()
             for index, entry in self._fetch().items():
@@ -242,7 +249,7 @@ class OptimizerProxy(Optimizer):
             "defaults": self.defaults,
             "state": {own[index]: entry for index, entry in self._fetch().items()},
             "param_groups": self.param_groups,
-            "_requested_server": self._requested_server,
+            "_requested": self._requested,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,12 +259,16 @@ class OptimizerProxy(Optimizer):
             return
         # A copy, or what comes out of a pickle: a job of its own with the same state.
         state = dict(state)
-        server = state.pop("_requested_server", None)
+        server, options = state.pop("_requested", (None, ProxyOptions()))
         here = defaultdict(dict, state.pop("state"))
         with self._state_here():
             super().__setstate__({**state, "state": here})
             entries = self._entries_here()
-        self._connect(server, None, ProxyOptions(rank=0, world_size=1))
+        aggregation = dataclasses.replace(options.aggregation, world_size=None)
+        alone = dataclasses.replace(
+            options, aggregation=aggregation, rank=0, world_size=1, worker_id=None, on_existing="resume"
+        )
+        self._connect(server, None, alone, private=True)
         self._open_session().load(self.param_groups, entries, force=False)
 
     # --- leaving
@@ -311,6 +322,11 @@ class OptimizerProxy(Optimizer):
                 )
             if grad is not None and grad.layout is not torch.strided:
                 raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+            if grad is not None and (grad.dtype != tensor.dtype or grad.shape != tensor.shape):
+                raise RuntimeError(
+                    f"{parameter.title(index)} is {tensor.dtype} {list(tensor.shape)}, its gradient {grad.dtype} "
+                    f"{list(grad.shape)}; they have to be alike"
+                )
             grads.append(grad)
         return grads
 
@@ -324,11 +340,15 @@ class OptimizerProxy(Optimizer):
     @contextmanager
     def _state_here(self) -> Iterator[None]:
         """Has `self.state` be a dict of this process for a while, for torch's methods to work on."""
+        before = self.__dict__.get("state")
         self.__dict__["state"] = defaultdict(dict)
         try:
             yield
         finally:
-            del self.__dict__["state"]
+            if before is None:
+                del self.__dict__["state"]
+            else:
+                self.__dict__["state"] = before
 
     def _entries_here(self) -> dict[int, RemoteEntry]:
         """What `self.state` holds, while it is here, as a server takes it.

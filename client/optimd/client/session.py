@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from optimd.client.connection import Connection, TrainStream
-from optimd.client.exceptions import ConnectionLostError, OptimizerClosedError, ProtocolError
+from optimd.client.exceptions import ConnectionLostError, OptimdError, OptimizerClosedError, ProtocolError
 from optimd.client.joblayout import JobLayout
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
@@ -125,10 +125,14 @@ class Session:
             OptimdError: it cannot be added.
         """
         stream = self._usable()
+        index = len(self._sent_groups)
+        # Here, not where it is sent: what cannot be encoded must not cost the stream.
+        messages = [
+            encode(training_pb2.TrainRequest(add_param_group=training_pb2.AddParamGroup(group=index))),
+            *self._layout_pages(index, [group], parameters),
+        ]
         with self._failing_for_good():
-            index = len(self._sent_groups)
-            announcement = training_pb2.AddParamGroup(group=index)
-            stream.send(self._growing(announcement, index, group, parameters))
+            stream.send(messages)
             adopted = self._exchange_values([group], tensors, parameters)
             return None if adopted is None else adopted[0]
 
@@ -152,16 +156,6 @@ class Session:
         )
         yield from self._layout_pages(0, groups, parameters)
 
-    def _growing(
-        self,
-        announcement: training_pb2.AddParamGroup,
-        index: int,
-        group: Mapping[str, Any],
-        parameters: Sequence[Parameter],
-    ) -> Iterator[bytes]:
-        yield encode(training_pb2.TrainRequest(add_param_group=announcement))
-        yield from self._layout_pages(index, [group], parameters)
-
     def _layout_pages(
         self, first: int, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]
     ) -> Iterator[bytes]:
@@ -182,7 +176,9 @@ class Session:
     ) -> list[dict[str, Any]] | None:
         """From LayoutAccepted to JobReady."""
         stream = self._usable()
-        _, message, _ = stream.expect("layout_accepted")
+        kind, message, _ = stream.expect("layout_accepted", "refused")
+        if kind == "refused":
+            raise _Refused(exception_of(message.refused))
         accepted = message.layout_accepted
         first_group = len(self._sent_groups)
         table = self._receive_table()
@@ -198,6 +194,7 @@ class Session:
             self._sent_groups.append(_serialised(encode_group(index, self._request.rule, group)))
         first = len(self._layout.parameters) - len(agreed)
         at = {first + offset: tensor for offset, tensor in enumerate(tensors)}
+        _finish_on_devices(tensors)
         total = sum(bucket.nbytes for bucket in new_buckets)
         if adopted is None:
             stream.send(self._values(new_buckets, at, Progress("uploading", total)))
@@ -270,24 +267,26 @@ class Session:
         """
         stream = self._usable()
         _finish_on_devices(grads)
+        # Here, not where they are sent: what cannot be encoded must not cost the stream.
+        pages = [page for page, _ in paginate(self._changed_groups(groups))]
         sent, received = stream.bytes_sent, stream.bytes_received
         with self._failing_for_good():
-            stream.send(self._push(groups, grads))
+            stream.send(self._push(pages, len(groups), grads))
             writer = FlatWriter(tensors, self._layout.parameters)
             while True:
-                kind, message, frame = stream.expect("bucket", "receipt", "step_refused")
+                kind, message, frame = stream.expect("bucket", "receipt", "refused")
                 if kind != "bucket":
                     break
                 self._write(writer, message.bucket, frame.payload)
             writer.flush()
-        if kind == "step_refused":
-            # Said on a stream that goes on. The server may know some of the changed options and not others: send all
-            # again.
-            self._sent_groups = [b""] * len(self._sent_groups)
-            raise exception_of(message.step_refused)
+            if kind == "refused":
+                # The server may know some of the changed options and not others: all are sent again.
+                self._sent_groups = [b""] * len(self._sent_groups)
+            else:
+                self.job_step = message.receipt.step
+                self.next_sequence = message.receipt.sequence + 1
+        _raise_refusal(kind, message)
         receipt = message.receipt
-        self.job_step = receipt.step
-        self.next_sequence = receipt.sequence + 1
         outcome = training_pb2.StepOutcome.Name(receipt.outcome).removeprefix("STEP_OUTCOME_").lower()
         return StepReceipt(
             sequence=receipt.sequence,
@@ -300,21 +299,25 @@ class Session:
             bytes_received=stream.bytes_received - received,
         )
 
-    def _push(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[torch.Tensor | None]) -> Iterator[bytes]:
-        changed = list(self._changed_groups(groups))
-        pages = list(paginate(changed)) if changed else []
+    def _push(
+        self,
+        pages: Sequence[Sequence[param_group_pb2.ParamGroup]],
+        group_count: int,
+        grads: Sequence[torch.Tensor | None],
+    ) -> Iterator[bytes]:
+        pages = [page for page in pages if page]
         yield encode(
             training_pb2.TrainRequest(
                 step_begin=training_pb2.StepBegin(
                     sequence=self.next_sequence,
                     base_step=self.job_step,
-                    group_count=len(groups),
+                    group_count=group_count,
                     load_count=self._load_count,
                     param_group_pages=len(pages),
                 )
             )
         )
-        for page, _ in pages:
+        for page in pages:
             message = param_group_pb2.ParamGroupsPage(groups=page)
             yield encode(training_pb2.TrainRequest(param_groups=message))
         reader = FlatReader(grads, self._layout.parameters)
@@ -326,13 +329,14 @@ class Session:
                 count += 1
         yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
-    def _changed_groups(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[param_group_pb2.ParamGroup]:
-        for index, group in enumerate(groups):
-            message = encode_group(index, self._request.rule, group)
-            encoded = _serialised(message)
-            if encoded != self._sent_groups[index]:
-                self._sent_groups[index] = encoded
-                yield message
+    def _changed_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
+        messages = [encode_group(index, self._request.rule, group) for index, group in enumerate(groups)]
+        encoded = [_serialised(message) for message in messages]
+        changed = [
+            message for message, new, old in zip(messages, encoded, self._sent_groups, strict=True) if new != old
+        ]
+        self._sent_groups = encoded
+        return changed
 
     # --- state
 
@@ -373,24 +377,21 @@ class Session:
                 digest.update(part)
             announcement = training_pb2.LoadState(digest=digest.digest(), load_count=self._load_count + 1, force=force)
             stream.send([encode(training_pb2.TrainRequest(load_state=announcement))])
-            _, message, _ = stream.expect("load_state_answer")
-            answer = message.load_state_answer
-            if not answer.HasField("refusal"):
-                if answer.send_state:
+            kind, message, _ = stream.expect("load_state_accepted", "refused")
+            if kind != "refused":
+                if message.load_state_accepted.send_state:
                     stream.send(state_messages(self._layout, encoded, entries))
-                _, message, _ = stream.expect("state_loaded")
-                self._load_count = message.state_loaded.load_count
-                self._sent_groups = [_serialised(group) for group in encoded]
-        if answer.HasField("refusal"):
-            # Said on a stream that goes on: the caller may try again.
-            raise exception_of(answer.refusal)
+                kind, message, _ = stream.expect("state_loaded", "refused")
+        _raise_refusal(kind, message)
+        self._load_count = message.state_loaded.load_count
+        self._sent_groups = [_serialised(group) for group in encoded]
 
     # --- leaving
 
     def leave(self) -> None:
         """Leaves the job in good order. May be called more than once."""
         stream, self._stream = self._stream, None
-        if stream is not None and self._broken is None:
+        if stream is not None and self._broken is None and self._connection.is_own:
             stream.send([encode(training_pb2.TrainRequest(leave=training_pb2.Leave()))])
             stream.finish()
         self._connection.close()
@@ -421,11 +422,27 @@ class Session:
         """What fails or is interrupted in the middle of an exchange leaves a stream that nobody can go on with."""
         try:
             yield
+        except _Refused as refused:
+            # Said on a stream that goes on: the caller may ask for something else.
+            raise refused.reason from None
         except BaseException as error:
             self._broken = f"an earlier call failed ({type(error).__name__}: {error})"
-            if self._stream is not None:
+            if self._stream is not None and self._connection.is_own:
                 self._stream.cancel()
             raise
+
+
+class _Refused(Exception):  # noqa: N818  # carries an error, and never leaves this module
+    """The server has declined what was asked for, on a stream that goes on."""
+
+    def __init__(self, reason: OptimdError) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _raise_refusal(kind: str, message: training_pb2.TrainResponse) -> None:
+    if kind == "refused":
+        raise exception_of(message.refused)
 
 
 def _serialised(group: param_group_pb2.ParamGroup) -> bytes:

@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     lifeline_path, ready_fd = parsed.pop("lifeline"), parsed.pop("ready_fd")
     try:
-        # Whoever starts the server holds the pipe for writing already, so that this does not wait.
-        lifeline = None if lifeline_path is None else os.open(lifeline_path, os.O_RDONLY)
+        lifeline = None if lifeline_path is None else _open_lifeline(lifeline_path)
         run(ServerConfig(**parsed), on_ready=lambda server: _tell_ready(ready_fd, server.address), lifeline=lifeline)
     except ConfigurationError as error:
         print(f"optimd: {error}", file=sys.stderr)
@@ -61,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if lifeline_path is not None:
             _remove_meeting_place(lifeline_path)
     return 0
+
+
+def _open_lifeline(path: Path) -> int:
+    """Opens a pipe to read from without waiting for a writer: who was to be that may have been killed by now."""
+    lifeline = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(lifeline, True)  # reads do wait, for as long as somebody holds it
+    return lifeline
 
 
 def _remove_meeting_place(lifeline_path: Path) -> None:
@@ -72,7 +78,9 @@ def _remove_meeting_place(lifeline_path: Path) -> None:
 
 def _tell_ready(ready_fd: int | None, address: str) -> None:
     if ready_fd is not None:
-        os.write(ready_fd, f"{address}\n".encode())
+        # Who was to read it may have been killed by now: the lifeline tells what follows from that.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ready_fd, f"{address}\n".encode())
         os.close(ready_fd)
 
 

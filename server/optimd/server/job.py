@@ -272,6 +272,12 @@ class Job:
                 self.phase = JobPhase.READY
             self._changed.notify_all()
 
+    def give_up(self, member: Member) -> None:
+        """A worker does not go on with what it was bringing."""
+        with self._changed:
+            if self._bringing is member:
+                self._take_back_growth_locked()
+
     def await_growth(self, member: Member, group: int, parameters: Sequence[Parameter]) -> bool:
         """Whether another worker has already added the group of index `group`.
 
@@ -460,8 +466,12 @@ class Job:
         try:
             yield hold
         finally:
-            with self._changed:
-                self._readers.leave(hold)
+            self.release(hold)
+
+    def release(self, hold: ReadHold) -> None:
+        """A reader is done, or its line is down. May be called more than once."""
+        with self._changed:
+            self._readers.leave(hold)
 
     def begin_load(self, member: Member, *, digest: bytes, load_count: int, force: bool) -> bool:
         """A worker brings a state_dict. Waits until all workers have joined, and while another one loads.

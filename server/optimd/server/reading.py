@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from optimd.server import update
 from optimd.server.errors import InvalidFieldError
 from optimd.server.job import Job
+from optimd.server.readers import ReadHold
 from optimd.v1 import reading_pb2, state_dict_pb2, tensor_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind, encode_kind
@@ -15,10 +16,17 @@ from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
 
 
-def read_state(job: Job, request: reading_pb2.ReadStateRequest) -> Iterator[bytes]:
+def read_state(
+    job: Job, request: reading_pb2.ReadStateRequest, *, on_hold: Callable[[ReadHold], None]
+) -> Iterator[bytes]:
     """The serialised answer to a `ReadStateRequest`.
 
     It is consistent: nothing is applied between its first part and its last.
+
+    Args:
+        job: The job.
+        request: What is wanted of it.
+        on_hold: Called with the claim that holds the job still, to be released when the reader's line goes down.
 
     Raises:
         InvalidFieldError: a parameter or a kind that the job does not have.
@@ -36,6 +44,7 @@ def read_state(job: Job, request: reading_pb2.ReadStateRequest) -> Iterator[byte
         raise InvalidFieldError("ReadStateRequest.tensors", "gradients are not kept")
     wanted = set(request.parameters) or set(range(count))
     with job.reading() as hold:
+        on_hold(hold)
         for page in _pages(job, wanted):
             hold.touch()
             yield encode(reading_pb2.ReadStateResponse(state_dict=page))

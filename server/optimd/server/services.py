@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -13,6 +13,7 @@ import torch
 from optimd.server import update
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
 from optimd.server.job import Job
+from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
 from optimd.server.session import TrainSession
@@ -102,27 +103,21 @@ class OptimizerService:
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} workers at once and is full (--max-workers)"
             )
-        try:
-            session = TrainSession(self._registry, requests)
+        session = TrainSession(self._registry, requests)
+        # A stream that says nothing would hold its place for ever.
+        impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
+        impatience.daemon = True
 
-            def on_end() -> None:
-                # gRPC calls back in the one thread that serves all calls, which must not wait for a job's lock.
-                threading.Thread(target=session.disconnect, name="optimd-disconnect", daemon=True).start()
-
-            if not context.add_callback(on_end):
-                return
-            # A stream that says nothing would hold its place for ever.
-            impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
-            impatience.daemon = True
-            impatience.start()
-            try:
-                yield from session.responses(on_opened=impatience.cancel)
-            finally:
-                impatience.cancel()
-        finally:
+        def on_end() -> None:
+            impatience.cancel()
             self._streams.release()
+            session.end()
 
-    def read_state(self, request: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
+        if _at_the_end(context, on_end):
+            impatience.start()
+            yield from session.responses(on_opened=impatience.cancel)
+
+    def read_state(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Values and state of a job.
 
         Raises:
@@ -138,10 +133,32 @@ class OptimizerService:
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"
             )
-        try:
-            yield from read_state(self._registry.get(message.job), message)
-        finally:
-            self._reads.release()
+        if _at_the_end(context, self._reads.release):
+            job = self._registry.get(message.job)
+
+            def on_hold(hold: ReadHold) -> None:
+                _at_the_end(context, lambda: job.release(hold))
+
+            yield from read_state(job, message, on_hold=on_hold)
+
+
+def _at_the_end(context: grpc.ServicerContext, work: Callable[[], None]) -> bool:
+    """Has `work` done when the call is over, however it ends.
+
+    A handler's generator is closed when the last reference to it goes, which may be much later. And gRPC calls back
+    in the one thread that serves all calls, which must not wait for a job's lock: hence a thread.
+
+    Returns:
+        Whether the call is still under way. If it is not, the work is done already.
+    """
+
+    def start() -> None:
+        threading.Thread(target=work, name="optimd-call-end", daemon=True).start()
+
+    if context.add_callback(start):
+        return True
+    work()
+    return False
 
 
 class AdminService(AdminServiceServicer):

@@ -10,8 +10,10 @@ from optimd.server import update
 from optimd.server.errors import (
     InvalidFieldError,
     JobMismatchError,
+    LimitExceededError,
     LoadNeedsForceError,
     OutOfOrderError,
+    RequestError,
     UpdateRefusedError,
 )
 from optimd.server.incoming import Incoming, SplitParameters, read_bucket
@@ -31,6 +33,9 @@ from optimd.wire.reasons import encode_reason
 
 _log = logging.getLogger(__name__)
 
+# What a worker can answer, by asking for something else: no reason to end its stream, and with it a private job.
+_ANSWERED = (UpdateRefusedError, JobMismatchError, LimitExceededError, LoadNeedsForceError)
+
 _APPLY = {"streaming": job_pb2.APPLY_MODE_STREAMING, "atomic": job_pb2.APPLY_MODE_ATOMIC}
 
 
@@ -39,7 +44,7 @@ class TrainSession:
 
     `responses` runs in the stream's own thread and does everything in it: it reads requests, applies what they
     complete, and hands out what is to be sent. Nothing is queued; a slow worker is held up by gRPC's flow control.
-    Only `disconnect` may be called from another thread.
+    Only `end` may be called from another thread.
 
     Args:
         registry: The server's jobs.
@@ -51,13 +56,18 @@ class TrainSession:
         self._incoming = Incoming(requests)
         self._job: Job | None = None
         self._member: Member | None = None
+        self._ended = False
         self._on_opened: Callable[[], None] = lambda: None
 
-    def disconnect(self) -> None:
-        """The line is down: stops what waits on the worker's behalf."""
+    def end(self) -> None:
+        """The call is over: the worker leaves its job, what waits on its behalf stops waiting. Waits for the job."""
+        self._ended = True
         job, member = self._job, self._member
+        if member is not None:
+            member.alive = False
         if job is not None and member is not None:
             job.disconnect(member)
+            self._registry.leave(job, member)
 
     def responses(self, *, on_opened: Callable[[], None] = lambda: None) -> Iterator[bytes]:
         """What is to be sent, serialised, in order.
@@ -111,6 +121,8 @@ class TrainSession:
         self._on_opened()
         member = Member(opening.worker, opening.incarnation)
         self._member = member
+        if self._ended:
+            member.alive = False
         job, creates = self._registry.enter(opening, layout, member, on_job=self._attach)
         resumed = not creates and job.step > 0
         _log.info(
@@ -131,14 +143,23 @@ class TrainSession:
 
     def _add_param_group(self, job: Job, member: Member, message: training_pb2.AddParamGroup) -> Iterator[bytes]:
         left = self._registry.max_job_bytes - job.full_bytes
-        layout = read_layout(self._incoming.layout_pages(), max_bytes=left, first_group=message.group)
-        if len(layout.groups) != 1:
-            raise InvalidFieldError("LayoutPage.groups", "an added layout has exactly one group")
-        known = job.await_growth(member, message.group, layout.parameters)
-        if known:
-            buckets = [bucket for bucket in job.store.buckets if bucket.group == message.group]
-        else:
-            buckets = job.grow(member, layout.groups, layout.sizes, layout.parameters)
+        pages = self._incoming.layout_pages()
+        try:
+            layout = read_layout(pages, max_bytes=left, first_group=message.group)
+            if len(layout.groups) != 1:
+                raise InvalidFieldError("LayoutPage.groups", "an added layout has exactly one group")
+            known = job.await_growth(member, message.group, layout.parameters)
+            buckets = (
+                [bucket for bucket in job.store.buckets if bucket.group == message.group]
+                if known
+                else job.grow(member, layout.groups, layout.sizes, layout.parameters)
+            )
+        except _ANSWERED as error:
+            for _ in pages:
+                pass
+            job.give_up(member)
+            yield _refusal(error)
+            return
         yield from self._exchange_values(
             job, member, buckets, creates=not known, resumed=False, first_group=message.group
         )
@@ -201,7 +222,10 @@ class TrainSession:
                 for group in message.param_groups.groups:
                     job.set_hyperparameters(member, group.index, _decode_group(group))
         except UpdateRefusedError as error:
-            yield from self._refuse_step(error)
+            # Nothing has begun yet: the push is read to its end, and the stream goes on.
+            while self._incoming.expect("param_groups", "bucket", "step_end")[0] != "step_end":
+                pass
+            yield _refusal(error)
             return
         round_ = job.begin(
             member,
@@ -245,29 +269,22 @@ class TrainSession:
                 break
         yield _receipt(begin.sequence, round_)
 
-    def _refuse_step(self, error: UpdateRefusedError) -> Iterator[bytes]:
-        """Reads a push to its end and says that it is not taken. Nothing has begun: the stream goes on."""
-        while self._incoming.expect("param_groups", "bucket", "step_end")[0] != "step_end":
-            pass
-        detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
-        yield encode(training_pb2.TrainResponse(step_refused=detail))
-
     # --- a state_dict
 
     def _load_state(self, job: Job, member: Member, message: training_pb2.LoadState) -> Iterator[bytes]:
         try:
             needed = job.begin_load(member, digest=message.digest, load_count=message.load_count, force=message.force)
-        except (JobMismatchError, LoadNeedsForceError) as error:
-            refusal = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
-            answer = training_pb2.LoadStateAnswer(refusal=refusal)
-            yield encode(training_pb2.TrainResponse(load_state_answer=answer))
+            yield encode(
+                training_pb2.TrainResponse(load_state_accepted=training_pb2.LoadStateAccepted(send_state=needed))
+            )
+            load_count = message.load_count
+            if needed:
+                groups, staged = self._receive_state(job)
+                load_count = job.finish_load(member, staged, groups, digest=message.digest)
+        except _ANSWERED as error:
+            job.give_up(member)
+            yield _refusal(error)
             return
-        answer = training_pb2.LoadStateAnswer(send_state=needed)
-        yield encode(training_pb2.TrainResponse(load_state_answer=answer))
-        load_count = message.load_count
-        if needed:
-            groups, staged = self._receive_state(job)
-            load_count = job.finish_load(member, staged, groups, digest=message.digest)
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
     def _receive_state(self, job: Job) -> tuple[list[dict[str, Any]], StagedState]:
@@ -328,6 +345,11 @@ def _layout_pages(job: Job, groups: Sequence[dict[str, Any]], first_group: int) 
     specs = (encode_parameter(parameter) for _, parameter in job.group_parameters(first_group))
     for spec_page, last in paginate(specs):
         yield job_pb2.LayoutPage(parameters=spec_page, last=last)
+
+
+def _refusal(error: RequestError) -> bytes:
+    detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
+    return encode(training_pb2.TrainResponse(refused=detail))
 
 
 def _values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:

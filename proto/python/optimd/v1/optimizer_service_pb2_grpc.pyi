@@ -53,7 +53,7 @@ class OptimizerServiceStub:
     Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
     LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
     answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-    LayoutAccepted ... JobReady), LoadState (answered by LoadStateAnswer,
+    LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
     then StateLoaded), Leave (answered by the end of the stream). In
     a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
@@ -117,7 +117,7 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
     LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
     answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-    LayoutAccepted ... JobReady), LoadState (answered by LoadStateAnswer,
+    LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
     then StateLoaded), Leave (answered by the end of the stream). In
     a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
@@ -190,7 +190,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
         LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
         answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-        LayoutAccepted ... JobReady), LoadState (answered by LoadStateAnswer,
+        LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
         then StateLoaded), Leave (answered by the end of the stream). In
         a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 

@@ -29,15 +29,15 @@ from optimd.v1 import state_dict_pb2 as optimd_dot_v1_dot_state__dict__pb2
 from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optimd/v1/training.proto\x12\toptimd.v1\x1a\x16optimd/v1/errors.proto\x1a\x13optimd/v1/job.proto\x1a\x1boptimd/v1/param_group.proto\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\"t\n\tStepBegin\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tbase_step\x18\x02 \x01(\x04\x12\x13\n\x0bgroup_count\x18\x03 \x01(\r\x12\x12\n\nload_count\x18\x04 \x01(\x04\x12\x19\n\x11param_group_pages\x18\x05 \x01(\r\"\x1f\n\x07StepEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"\xad\x01\n\x0bStepReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.optimd.v1.StepOutcome\x12\x14\n\x0c\x63ontributors\x18\x04 \x03(\r\x12\x1c\n\x14partial_contributors\x18\x05 \x03(\r\x12!\n\x19hyperparameters_disagreed\x18\x06 \x01(\x08\"\x1e\n\rAddParamGroup\x12\r\n\x05group\x18\x01 \x01(\r\">\n\tLoadState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nload_count\x18\x02 \x01(\x04\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"N\n\x0fLoadStateAnswer\x12\x12\n\nsend_state\x18\x01 \x01(\x08\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x16.optimd.v1.ErrorDetail\"$\n\x0cLoadStateEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"!\n\x0bStateLoaded\x12\x12\n\nload_count\x18\x01 \x01(\x04\"\x07\n\x05Leave\"\x91\x04\n\x0cTrainRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.optimd.v1.OpenJobH\x00\x12\'\n\x06layout\x18\x02 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12*\n\nstep_begin\x18\x03 \x01(\x0b\x32\x14.optimd.v1.StepBeginH\x00\x12\x32\n\x0cparam_groups\x18\x04 \x01(\x0b\x32\x1a.optimd.v1.ParamGroupsPageH\x00\x12)\n\x06\x62ucket\x18\x05 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12&\n\x08step_end\x18\x06 \x01(\x0b\x32\x12.optimd.v1.StepEndH\x00\x12\x33\n\x0f\x61\x64\x64_param_group\x18\x07 \x01(\x0b\x32\x18.optimd.v1.AddParamGroupH\x00\x12*\n\nload_state\x18\x08 \x01(\x0b\x32\x14.optimd.v1.LoadStateH\x00\x12.\n\nstate_dict\x18\t \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12\x31\n\x0eload_state_end\x18\n \x01(\x0b\x32\x17.optimd.v1.LoadStateEndH\x00\x12!\n\x05leave\x18\x0b \x01(\x0b\x32\x10.optimd.v1.LeaveH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"\xd3\x03\n\rTrainResponse\x12\x34\n\x0flayout_accepted\x18\x01 \x01(\x0b\x32\x19.optimd.v1.LayoutAcceptedH\x00\x12\x32\n\x0c\x62ucket_table\x18\x02 \x01(\x0b\x32\x1a.optimd.v1.BucketTablePageH\x00\x12\'\n\x06layout\x18\x03 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12$\n\x05ready\x18\x05 \x01(\x0b\x32\x13.optimd.v1.JobReadyH\x00\x12)\n\x07receipt\x18\x06 \x01(\x0b\x32\x16.optimd.v1.StepReceiptH\x00\x12\x37\n\x11load_state_answer\x18\x07 \x01(\x0b\x32\x1a.optimd.v1.LoadStateAnswerH\x00\x12.\n\x0cstate_loaded\x18\x08 \x01(\x0b\x32\x16.optimd.v1.StateLoadedH\x00\x12.\n\x0cstep_refused\x18\t \x01(\x0b\x32\x16.optimd.v1.ErrorDetailH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message*E\n\x0bStepOutcome\x12\x1c\n\x18STEP_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14STEP_OUTCOME_APPLIED\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optimd/v1/training.proto\x12\toptimd.v1\x1a\x16optimd/v1/errors.proto\x1a\x13optimd/v1/job.proto\x1a\x1boptimd/v1/param_group.proto\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\"t\n\tStepBegin\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tbase_step\x18\x02 \x01(\x04\x12\x13\n\x0bgroup_count\x18\x03 \x01(\r\x12\x12\n\nload_count\x18\x04 \x01(\x04\x12\x19\n\x11param_group_pages\x18\x05 \x01(\r\"\x1f\n\x07StepEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"\xad\x01\n\x0bStepReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.optimd.v1.StepOutcome\x12\x14\n\x0c\x63ontributors\x18\x04 \x03(\r\x12\x1c\n\x14partial_contributors\x18\x05 \x03(\r\x12!\n\x19hyperparameters_disagreed\x18\x06 \x01(\x08\"\x1e\n\rAddParamGroup\x12\r\n\x05group\x18\x01 \x01(\r\">\n\tLoadState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nload_count\x18\x02 \x01(\x04\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\'\n\x11LoadStateAccepted\x12\x12\n\nsend_state\x18\x01 \x01(\x08\"$\n\x0cLoadStateEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"!\n\x0bStateLoaded\x12\x12\n\nload_count\x18\x01 \x01(\x04\"\x07\n\x05Leave\"\x91\x04\n\x0cTrainRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.optimd.v1.OpenJobH\x00\x12\'\n\x06layout\x18\x02 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12*\n\nstep_begin\x18\x03 \x01(\x0b\x32\x14.optimd.v1.StepBeginH\x00\x12\x32\n\x0cparam_groups\x18\x04 \x01(\x0b\x32\x1a.optimd.v1.ParamGroupsPageH\x00\x12)\n\x06\x62ucket\x18\x05 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12&\n\x08step_end\x18\x06 \x01(\x0b\x32\x12.optimd.v1.StepEndH\x00\x12\x33\n\x0f\x61\x64\x64_param_group\x18\x07 \x01(\x0b\x32\x18.optimd.v1.AddParamGroupH\x00\x12*\n\nload_state\x18\x08 \x01(\x0b\x32\x14.optimd.v1.LoadStateH\x00\x12.\n\nstate_dict\x18\t \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12\x31\n\x0eload_state_end\x18\n \x01(\x0b\x32\x17.optimd.v1.LoadStateEndH\x00\x12!\n\x05leave\x18\x0b \x01(\x0b\x32\x10.optimd.v1.LeaveH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"\xd2\x03\n\rTrainResponse\x12\x34\n\x0flayout_accepted\x18\x01 \x01(\x0b\x32\x19.optimd.v1.LayoutAcceptedH\x00\x12\x32\n\x0c\x62ucket_table\x18\x02 \x01(\x0b\x32\x1a.optimd.v1.BucketTablePageH\x00\x12\'\n\x06layout\x18\x03 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12$\n\x05ready\x18\x05 \x01(\x0b\x32\x13.optimd.v1.JobReadyH\x00\x12)\n\x07receipt\x18\x06 \x01(\x0b\x32\x16.optimd.v1.StepReceiptH\x00\x12;\n\x13load_state_accepted\x18\x07 \x01(\x0b\x32\x1c.optimd.v1.LoadStateAcceptedH\x00\x12.\n\x0cstate_loaded\x18\x08 \x01(\x0b\x32\x16.optimd.v1.StateLoadedH\x00\x12)\n\x07refused\x18\t \x01(\x0b\x32\x16.optimd.v1.ErrorDetailH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message*E\n\x0bStepOutcome\x12\x1c\n\x18STEP_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14STEP_OUTCOME_APPLIED\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPOUTCOME']._serialized_start=1752
-  _globals['_STEPOUTCOME']._serialized_end=1821
+  _globals['_STEPOUTCOME']._serialized_start=1712
+  _globals['_STEPOUTCOME']._serialized_end=1781
   _globals['_STEPBEGIN']._serialized_start=165
   _globals['_STEPBEGIN']._serialized_end=281
   _globals['_STEPEND']._serialized_start=283
@@ -48,16 +48,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADDPARAMGROUP']._serialized_end=522
   _globals['_LOADSTATE']._serialized_start=524
   _globals['_LOADSTATE']._serialized_end=586
-  _globals['_LOADSTATEANSWER']._serialized_start=588
-  _globals['_LOADSTATEANSWER']._serialized_end=666
-  _globals['_LOADSTATEEND']._serialized_start=668
-  _globals['_LOADSTATEEND']._serialized_end=704
-  _globals['_STATELOADED']._serialized_start=706
-  _globals['_STATELOADED']._serialized_end=739
-  _globals['_LEAVE']._serialized_start=741
-  _globals['_LEAVE']._serialized_end=748
-  _globals['_TRAINREQUEST']._serialized_start=751
-  _globals['_TRAINREQUEST']._serialized_end=1280
-  _globals['_TRAINRESPONSE']._serialized_start=1283
-  _globals['_TRAINRESPONSE']._serialized_end=1750
+  _globals['_LOADSTATEACCEPTED']._serialized_start=588
+  _globals['_LOADSTATEACCEPTED']._serialized_end=627
+  _globals['_LOADSTATEEND']._serialized_start=629
+  _globals['_LOADSTATEEND']._serialized_end=665
+  _globals['_STATELOADED']._serialized_start=667
+  _globals['_STATELOADED']._serialized_end=700
+  _globals['_LEAVE']._serialized_start=702
+  _globals['_LEAVE']._serialized_end=709
+  _globals['_TRAINREQUEST']._serialized_start=712
+  _globals['_TRAINREQUEST']._serialized_end=1241
+  _globals['_TRAINRESPONSE']._serialized_start=1244
+  _globals['_TRAINRESPONSE']._serialized_end=1710
 # @@protoc_insertion_point(module_scope)

@@ -71,13 +71,11 @@ class LoadState(_message.Message):
     force: bool
     def __init__(self, digest: _Optional[bytes] = ..., load_count: _Optional[int] = ..., force: bool = ...) -> None: ...
 
-class LoadStateAnswer(_message.Message):
-    __slots__ = ("send_state", "refusal")
+class LoadStateAccepted(_message.Message):
+    __slots__ = ("send_state",)
     SEND_STATE_FIELD_NUMBER: _ClassVar[int]
-    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     send_state: bool
-    refusal: _errors_pb2.ErrorDetail
-    def __init__(self, send_state: bool = ..., refusal: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+    def __init__(self, send_state: bool = ...) -> None: ...
 
 class LoadStateEnd(_message.Message):
     __slots__ = ("bucket_count",)
@@ -124,16 +122,16 @@ class TrainRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_answer", "state_loaded", "step_refused", "payload")
+    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "refused", "payload")
     LAYOUT_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
-    LOAD_STATE_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     STATE_LOADED_FIELD_NUMBER: _ClassVar[int]
-    STEP_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     layout_accepted: _job_pb2.LayoutAccepted
     bucket_table: _tensor_pb2.BucketTablePage
@@ -141,8 +139,8 @@ class TrainResponse(_message.Message):
     bucket: _tensor_pb2.TensorBucket
     ready: _job_pb2.JobReady
     receipt: StepReceipt
-    load_state_answer: LoadStateAnswer
+    load_state_accepted: LoadStateAccepted
     state_loaded: StateLoaded
-    step_refused: _errors_pb2.ErrorDetail
+    refused: _errors_pb2.ErrorDetail
     payload: bytes
-    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_answer: _Optional[_Union[LoadStateAnswer, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., step_refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
