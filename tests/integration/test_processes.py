@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from optimd.cli.admin import Admin
 from optimd.client import Adam, ConnectionLostError, ForkedProcessError, ProxyOptions
@@ -140,37 +139,45 @@ def test_what_keeps_the_embedded_server_from_starting_is_said(folder: Path) -> N
     assert "others may enter it; remove it, or set TMPDIR" in output, errors
 
 
-class Numbers(Dataset[tuple[torch.Tensor, int]]):
-    """Items that say in which process they were loaded."""
-
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.full((4,), float(index)), os.getpid()
-
-
-def test_forked_data_loader_workers_neither_crash_nor_disturb_training(
-    server: Server, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_forked_data_loader_workers_neither_crash_nor_disturb_training(folder: Path) -> None:
     """Two epochs with forked workers, while a job is open: torch's bits, and nothing on stderr."""
-    torch.manual_seed(0)
-    ours, theirs = nn.Linear(4, 2), nn.Linear(4, 2)
-    theirs.load_state_dict(ours.state_dict())
-    loaders = set()
-    with Adam(ours.parameters(), fused=True, server=server.address) as remote:
-        local = torch.optim.Adam(theirs.parameters(), fused=True)
-        for _ in range(2):
-            for x, pids in DataLoader(Numbers(), batch_size=8, num_workers=2, multiprocessing_context="fork"):
-                loaders |= set(pids.tolist())
-                for model, optimizer in ((ours, remote), (theirs, local)):
-                    optimizer.zero_grad()
-                    model(x).square().sum().backward()
-                    optimizer.step()
-        assert torch.equal(ours.weight, theirs.weight)
-        assert os.getpid() not in loaders
-        assert len(loaders) == 4
-    assert capfd.readouterr().err == ""
+    process = run_script(
+        """
+        import os, torch
+        from torch import nn
+        from torch.utils.data import DataLoader, Dataset
+        from optimd.client import Adam
+
+        class Numbers(Dataset):
+            def __len__(self):
+                return 32
+
+            def __getitem__(self, index):
+                return torch.full((4,), float(index)), os.getpid()
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        ours, theirs = nn.Linear(4, 2), nn.Linear(4, 2)
+        theirs.load_state_dict(ours.state_dict())
+        for _ in range(3):
+            Adam(nn.Linear(2, 2).parameters()).close()  # what is left of these must not disturb a child either
+        loaders = set()
+        with Adam(ours.parameters(), fused=True) as remote:
+            local = torch.optim.Adam(theirs.parameters(), fused=True)
+            for _ in range(4):
+                for x, pids in DataLoader(Numbers(), batch_size=8, num_workers=2, multiprocessing_context="fork"):
+                    loaders |= set(pids.tolist())
+                    for model, optimizer in ((ours, remote), (theirs, local)):
+                        optimizer.zero_grad()
+                        model(x).square().sum().backward()
+                        optimizer.step()
+            print(remote.job_step, torch.equal(ours.weight, theirs.weight), len(loaders), os.getpid() in loaders)
+        """,
+        folder,
+    )
+    output, errors = process.communicate(timeout=100)
+    assert output == "16 True 8 False\n", errors
+    assert errors == ""
 
 
 def test_a_forked_child_is_refused_may_have_its_own_and_leaves_the_parents_alone(folder: Path) -> None:

@@ -9,6 +9,7 @@ what is never destroyed sends nothing on a socket that the parent still uses.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import weakref
 from typing import Protocol
@@ -30,7 +31,11 @@ def watch(thing: ForkAware) -> None:
 
 
 def _after_in_child() -> None:
-    for thing in list(_aware):
+    things = list(_aware)
+    if things:
+        # Nor may the collector find, in what the parent had not collected yet, gRPC objects that were closed before.
+        gc.freeze()
+    for thing in things:
         # A reference that nobody gives back: a list would be emptied when the child's interpreter ends.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object((thing, thing.forked())))
 
