@@ -100,27 +100,14 @@ class Stepper:
         Raises:
             UpdateRefusedError: torch refuses the update.
         """
-        try:
-            self._contribute(worker, bucket, present, payload, decisions)
-        except Exception as error:
-            self._fail(error)
-            raise
-
-    def _contribute(
-        self,
-        worker: Worker,
-        bucket: Bucket,
-        present: list[bool],
-        payload: torch.Tensor,
-        decisions: Sequence[Decision],
-    ) -> None:
         sole = any(isinstance(decision, ApplyBucket) and decision.contributors == (worker,) for decision in decisions)
-        if sole and self._splits_freely(bucket, (worker,)):
-            # Nothing to add up: the update reads the gradient where it was received.
-            lengths = [piece.length for piece, here in zip(bucket.slices, present, strict=True) if here]
-            self._apply(bucket, (worker,), present, torch.split(payload, lengths))
-            return
-        self._accumulator(bucket).add(payload, present)
+        with self._failing_together():
+            if sole and self._splits_freely(bucket, (worker,)):
+                # Nothing to add up: the update reads the gradient where it was received.
+                lengths = [piece.length for piece, here in zip(bucket.slices, present, strict=True) if here]
+                self._apply(bucket, (worker,), present, torch.split(payload, lengths))
+                return
+            self._accumulator(bucket).add(payload, present)
         self.carry_out(decisions)
 
     def carry_out(self, decisions: Sequence[Decision]) -> Round | None:
@@ -135,7 +122,7 @@ class Stepper:
         round_ = self._round
         if round_ is None or not decisions:
             return None
-        try:
+        with self._failing_together():
             for decision in decisions:
                 match decision:
                     case ApplyBucket(bucket_id=bucket_id, contributors=contributors):
@@ -144,9 +131,6 @@ class Stepper:
                         self._commit(round_, decision)
                     case Abandon(lost=lost):
                         self._abandon(round_, lost)
-        except Exception as error:
-            self._fail(error)
-            raise
         return round_ if round_.is_over else None
 
     def _apply_accumulated(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> None:
@@ -227,6 +211,15 @@ class Stepper:
         )
         round_.abandoned = True
         self._forget()
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """What goes wrong in a round ends it for all its workers."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(error)
+            raise
 
     def _fail(self, error: Exception) -> None:
         """Ends the round for all its workers. Buckets that were applied before stay so."""
