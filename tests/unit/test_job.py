@@ -84,6 +84,13 @@ class Team:
     def end(self, rank: int) -> None:
         self.job.end(self.members[rank], self.rounds[rank])
 
+    def step_together(self) -> None:
+        """Each of the workers pushes 1.0 to the first bucket, one after the other."""
+        for rank in self.members:
+            self.begin(rank)
+            self.push(rank, 0, 1.0)
+            self.end(rank)
+
     def leave(self, *ranks: int) -> None:
         for rank in ranks:
             self.job.leave(self.members[rank])
@@ -108,10 +115,7 @@ def test_gradients_of_a_closed_step_do_not_leak_into_the_next() -> None:
     assert team.moment(1) == pytest.approx(0.1)
     for rank in (0, 1):
         team.join(rank)
-    for rank in (0, 1):
-        team.begin(rank)
-        team.push(rank, 0, 1.0)
-        team.end(rank)
+    team.step_together()
     assert team.job.step == 2
     assert team.moment(0) == pytest.approx(0.9 * 10.0 + 0.1 * 2.0)
 
@@ -142,10 +146,7 @@ def test_an_atomic_step_that_all_its_workers_left_is_discarded(caplog: pytest.Lo
     assert "every worker of the open step was lost" in caplog.text
     for rank in (0, 1):
         team.join(rank)
-    for rank in (0, 1):
-        team.begin(rank)
-        team.push(rank, 0, 1.0)
-        team.end(rank)
+    team.step_together()
     assert team.moment(0) == pytest.approx(0.2)
 
 
@@ -185,10 +186,7 @@ def test_a_step_that_torch_refuses_fails_for_all_its_workers_and_commits_nothing
     team.leave(0, 1)
     for rank in (0, 1):
         team.join(rank)
-    for rank in (0, 1):
-        team.begin(rank)
-        team.push(rank, 0, 1.0)
-        team.end(rank)
+    team.step_together()
     assert team.job.step == 1
     assert team.moment(0) == pytest.approx(0.2)
 
@@ -286,10 +284,7 @@ def test_a_step_that_a_defect_ends_fails_for_all_and_the_job_goes_on(
     with pytest.raises(RequestError, match="the step failed on the server"):
         team.job.await_progress(team.members[0], team.rounds[0], 0)
     assert team.job.step == 0
-    for rank in (0, 1):
-        team.begin(rank)
-        team.push(rank, 0, 1.0)
-        team.end(rank)
+    team.step_together()
     assert team.job.step == 1
     assert team.moment(0) == pytest.approx(0.2)
 
