@@ -65,6 +65,7 @@ def test_the_wheels_only_top_level_is_optimd(tmp_path: Path) -> None:
 def test_the_exported_names_are_these() -> None:
     """A change of this list is a change of the API: it belongs in the CHANGELOG."""
     assert optimd.client.__all__ == [
+        "AccumulationLostError",
         "Adam",
         "AdamW",
         "ConfigurationError",
@@ -77,6 +78,7 @@ def test_the_exported_names_are_these() -> None:
         "JobMismatchError",
         "LimitExceededError",
         "LoadNeedsForceError",
+        "NonFiniteGradientError",
         "OptimdError",
         "OptimizerClosedError",
         "OptimizerProxy",
@@ -167,7 +169,7 @@ def test_a_breaking_change_of_the_schema_is_noticed(tmp_path: Path) -> None:
     (proto / "optimd" / "v1").mkdir(parents=True)
     for source in [ROOT / "proto" / "buf.yaml", *(ROOT / "proto" / "optimd" / "v1").glob("*.proto")]:
         target = proto / source.relative_to(ROOT / "proto")
-        target.write_text(source.read_text().replace("uint64 base_step = 2", "uint64 base_step = 9"))
+        target.write_text(source.read_text().replace("uint64 base_step = 2", "uint64 base_step = 99"))
     against = f"{ROOT / 'proto' / 'baseline.binpb'}"
     command = [str(buf), "breaking", str(proto), "--against", against]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -8,6 +8,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from optimd.client.adam import Adam, AdamW
 from optimd.client.exceptions import (
+    AccumulationLostError,
     ConfigurationError,
     ConnectionLostError,
     EmbeddedServerError,
@@ -18,6 +19,7 @@ from optimd.client.exceptions import (
     JobMismatchError,
     LimitExceededError,
     LoadNeedsForceError,
+    NonFiniteGradientError,
     OptimdError,
     OptimizerClosedError,
     ProtocolError,
@@ -33,6 +35,7 @@ from optimd.client.proxy import OptimizerProxy
 from optimd.client.receipts import StepReceipt
 
 __all__ = [
+    "AccumulationLostError",
     "Adam",
     "AdamW",
     "ConfigurationError",
@@ -45,6 +48,7 @@ __all__ = [
     "JobMismatchError",
     "LimitExceededError",
     "LoadNeedsForceError",
+    "NonFiniteGradientError",
     "OptimdError",
     "OptimizerClosedError",
     "OptimizerProxy",

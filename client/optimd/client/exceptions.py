@@ -14,6 +14,8 @@ OptimdError
 ├── StepTimeoutError          (TimeoutError)     other workers did not come in time
 ├── LoadNeedsForceError                          load_state_dict over other workers' progress
 ├── UpdateRefusedError        (RuntimeError)     torch refused the update on the server
+├── NonFiniteGradientError    (ArithmeticError)  nonfinite="error", and a gradient was not finite
+├── AccumulationLostError                        the server does not hold what accumulate() gave it
 ├── UnsupportedError                             the server does not do what was asked for
 ├── ProtocolError                                the two sides do not understand each other
 ├── InternalServerError                          a defect of the server; has an incident id
@@ -78,6 +80,14 @@ class LoadNeedsForceError(OptimdError):
 
 class UpdateRefusedError(OptimdError, RuntimeError):
     """torch refused the update with the param_groups as they are."""
+
+
+class NonFiniteGradientError(OptimdError, ArithmeticError):
+    """A gradient of the step has an infinite element or a NaN, and `ProxyOptions(nonfinite="error")` refuses that."""
+
+
+class AccumulationLostError(OptimdError):
+    """The server does not hold the gradients that `accumulate()` gave it: they have to be computed again."""
 
 
 class UnsupportedError(OptimdError):

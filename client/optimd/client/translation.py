@@ -27,6 +27,8 @@ EXCEPTION_OF_REASON: Final[dict[str, type[exceptions.OptimdError]]] = {
     "UNSUPPORTED": exceptions.UnsupportedError,
     "UPDATE_REFUSED": exceptions.UpdateRefusedError,
     "JOB_DELETED": exceptions.JobDeletedError,
+    "ACCUMULATION_LOST": exceptions.AccumulationLostError,
+    "NONFINITE_GRADIENT": exceptions.NonFiniteGradientError,
 }
 """The exception that each reason is raised as."""
 

@@ -16,7 +16,9 @@
         ├── LoadNeedsForceError   LOAD_NEEDS_FORCE
         ├── ShuttingDownError     SHUTTING_DOWN
         ├── UnsupportedError      UNSUPPORTED
-        └── UpdateRefusedError    UPDATE_REFUSED    torch refused the update
+        ├── UpdateRefusedError    UPDATE_REFUSED    torch refused the update
+        ├── AccumulationLostError ACCUMULATION_LOST
+        └── NonFiniteGradientError  NONFINITE_GRADIENT
 
 Domain code never sees gRPC: `interceptor.py` translates, by the table in `optimd.wire.reasons`.
 """
@@ -135,3 +137,15 @@ class UpdateRefusedError(RequestError):
     """torch refused the update with the job's hyperparameters."""
 
     reason = "UPDATE_REFUSED"
+
+
+class AccumulationLostError(RequestError):
+    """The server does not hold what the worker had accumulated."""
+
+    reason = "ACCUMULATION_LOST"
+
+
+class NonFiniteGradientError(RequestError):
+    """A gradient of the step is not finite, and the job was opened to refuse that."""
+
+    reason = "NONFINITE_GRADIENT"

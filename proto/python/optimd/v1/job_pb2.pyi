@@ -28,6 +28,13 @@ class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
     REDUCTION_MEAN: _ClassVar[Reduction]
     REDUCTION_SUM: _ClassVar[Reduction]
+
+class NonFinite(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NON_FINITE_UNSPECIFIED: _ClassVar[NonFinite]
+    NON_FINITE_ALLOW: _ClassVar[NonFinite]
+    NON_FINITE_SKIP: _ClassVar[NonFinite]
+    NON_FINITE_ERROR: _ClassVar[NonFinite]
 ON_EXISTING_UNSPECIFIED: OnExisting
 ON_EXISTING_RESUME: OnExisting
 ON_EXISTING_FAIL: OnExisting
@@ -39,6 +46,10 @@ APPLY_MODE_ATOMIC: ApplyMode
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_MEAN: Reduction
 REDUCTION_SUM: Reduction
+NON_FINITE_UNSPECIFIED: NonFinite
+NON_FINITE_ALLOW: NonFinite
+NON_FINITE_SKIP: NonFinite
+NON_FINITE_ERROR: NonFinite
 
 class WorkerIdentity(_message.Message):
     __slots__ = ("worker_id", "rank", "incarnation")
@@ -69,7 +80,7 @@ class Aggregation(_message.Message):
     def __init__(self, sync: _Optional[_Union[SyncAggregation, _Mapping]] = ...) -> None: ...
 
 class OpenJob(_message.Message):
-    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version")
+    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite")
     JOB_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ON_EXISTING_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +89,8 @@ class OpenJob(_message.Message):
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
     job: str
     worker: WorkerIdentity
     on_existing: OnExisting
@@ -86,17 +99,29 @@ class OpenJob(_message.Message):
     bucket_bytes: int
     private: bool
     client_version: str
-    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ...) -> None: ...
+    max_grad_norm: float
+    nonfinite: NonFinite
+    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ...) -> None: ...
+
+class CarriedState(_message.Message):
+    __slots__ = ("parameter", "carried_from")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_FROM_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    carried_from: int
+    def __init__(self, parameter: _Optional[int] = ..., carried_from: _Optional[int] = ...) -> None: ...
 
 class LayoutPage(_message.Message):
-    __slots__ = ("groups", "parameters", "last")
+    __slots__ = ("groups", "parameters", "last", "carried")
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[_param_group_pb2.ParamGroup]
     parameters: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ParameterSpec]
     last: bool
-    def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ...) -> None: ...
+    carried: _containers.RepeatedCompositeFieldContainer[CarriedState]
+    def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ..., carried: _Optional[_Iterable[_Union[CarriedState, _Mapping]]] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
     __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply")
@@ -113,11 +138,13 @@ class LayoutAccepted(_message.Message):
     def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ...) -> None: ...
 
 class JobReady(_message.Message):
-    __slots__ = ("job_step", "next_sequence", "load_count")
+    __slots__ = ("job_step", "next_sequence", "load_count", "layout_count")
     JOB_STEP_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_COUNT_FIELD_NUMBER: _ClassVar[int]
     job_step: int
     next_sequence: int
     load_count: int
-    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ...) -> None: ...
+    layout_count: int
+    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ..., layout_count: _Optional[int] = ...) -> None: ...

@@ -57,6 +57,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optimd_dot_v1_dot_reading__pb2.ReadStateRequest.SerializeToString,
                 response_deserializer=optimd_dot_v1_dot_reading__pb2.ReadStateResponse.FromString,
                 _registered_method=True)
+        self.WatchSteps = channel.unary_stream(
+                '/optimd.v1.OptimizerService/WatchSteps',
+                request_serializer=optimd_dot_v1_dot_reading__pb2.WatchStepsRequest.SerializeToString,
+                response_deserializer=optimd_dot_v1_dot_reading__pb2.WatchStepsResponse.FromString,
+                _registered_method=True)
 
 
 class OptimizerServiceServicer(object):
@@ -85,9 +90,10 @@ class OptimizerServiceServicer(object):
         Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
         LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
         answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-        LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
-        then StateLoaded), Leave (answered by the end of the stream). In
-        a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
+        LayoutAccepted ... JobReady), ReplaceLayout (likewise), LoadState (answered by
+        LoadStateAccepted, then StateLoaded), Accumulate and DiscardAccumulated (answered by Accumulated), AttachBuffers
+        (answered by BuffersAccepted, then BuffersHeld), PushBuffers (answered by BuffersHeld), Leave (answered by the end
+        of the stream). In a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
         Idempotency and retries. The stream is not idempotent and MUST NOT be resent blindly: a push whose StepReceipt
         did not arrive may have been applied. A worker whose stream broke opens the job again with the same `worker_id`
@@ -132,6 +138,24 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchSteps(self, request, context):
+        """Tells of every step that the job commits after `after_step`, once each and in order, whoever contributes to it.
+
+        The server begins with a response header, from which on no step is missed. The stream ends with the job. The server
+        remembers the last 1024 steps: a watcher that falls behind further is cut off with RESOURCE_EXHAUSTED
+        (LIMIT_EXCEEDED), and so is one that asks for steps that are no longer remembered.
+
+        Idempotent; a retry names the last step that it was told of.
+
+        Errors:
+        - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+        - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
+        - ABORTED (JOB_DELETED): the job was deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OptimizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -149,6 +173,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.ReadState,
                     request_deserializer=optimd_dot_v1_dot_reading__pb2.ReadStateRequest.FromString,
                     response_serializer=optimd_dot_v1_dot_reading__pb2.ReadStateResponse.SerializeToString,
+            ),
+            'WatchSteps': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSteps,
+                    request_deserializer=optimd_dot_v1_dot_reading__pb2.WatchStepsRequest.FromString,
+                    response_serializer=optimd_dot_v1_dot_reading__pb2.WatchStepsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -239,6 +268,33 @@ class OptimizerService(object):
             '/optimd.v1.OptimizerService/ReadState',
             optimd_dot_v1_dot_reading__pb2.ReadStateRequest.SerializeToString,
             optimd_dot_v1_dot_reading__pb2.ReadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/optimd.v1.OptimizerService/WatchSteps',
+            optimd_dot_v1_dot_reading__pb2.WatchStepsRequest.SerializeToString,
+            optimd_dot_v1_dot_reading__pb2.WatchStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

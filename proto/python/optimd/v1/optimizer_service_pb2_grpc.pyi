@@ -53,9 +53,10 @@ class OptimizerServiceStub:
     Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
     LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
     answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-    LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
-    then StateLoaded), Leave (answered by the end of the stream). In
-    a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
+    LayoutAccepted ... JobReady), ReplaceLayout (likewise), LoadState (answered by
+    LoadStateAccepted, then StateLoaded), Accumulate and DiscardAccumulated (answered by Accumulated), AttachBuffers
+    (answered by BuffersAccepted, then BuffersHeld), PushBuffers (answered by BuffersHeld), Leave (answered by the end
+    of the stream). In a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
     Idempotency and retries. The stream is not idempotent and MUST NOT be resent blindly: a push whose StepReceipt
     did not arrive may have been applied. A worker whose stream broke opens the job again with the same `worker_id`
@@ -92,6 +93,20 @@ class OptimizerServiceStub:
     - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many reads at once. Answered at once, never by waiting.
     - DEADLINE_EXCEEDED (STEP_TIMEOUT): the step was not committed in time, or see above.
     """
+    WatchSteps: _grpc.UnaryStreamMultiCallable[_reading_pb2.WatchStepsRequest, _reading_pb2.WatchStepsResponse]
+    """Tells of every step that the job commits after `after_step`, once each and in order, whoever contributes to it.
+
+    The server begins with a response header, from which on no step is missed. The stream ends with the job. The server
+    remembers the last 1024 steps: a watcher that falls behind further is cut off with RESOURCE_EXHAUSTED
+    (LIMIT_EXCEEDED), and so is one that asks for steps that are no longer remembered.
+
+    Idempotent; a retry names the last step that it was told of.
+
+    Errors:
+    - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+    - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
+    - ABORTED (JOB_DELETED): the job was deleted.
+    """
 
 @_typing.type_check_only
 class OptimizerServiceAsyncStub(OptimizerServiceStub):
@@ -117,9 +132,10 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
     LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
     answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-    LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
-    then StateLoaded), Leave (answered by the end of the stream). In
-    a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
+    LayoutAccepted ... JobReady), ReplaceLayout (likewise), LoadState (answered by
+    LoadStateAccepted, then StateLoaded), Accumulate and DiscardAccumulated (answered by Accumulated), AttachBuffers
+    (answered by BuffersAccepted, then BuffersHeld), PushBuffers (answered by BuffersHeld), Leave (answered by the end
+    of the stream). In a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
     Idempotency and retries. The stream is not idempotent and MUST NOT be resent blindly: a push whose StepReceipt
     did not arrive may have been applied. A worker whose stream broke opens the job again with the same `worker_id`
@@ -156,6 +172,20 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many reads at once. Answered at once, never by waiting.
     - DEADLINE_EXCEEDED (STEP_TIMEOUT): the step was not committed in time, or see above.
     """
+    WatchSteps: _aio.UnaryStreamMultiCallable[_reading_pb2.WatchStepsRequest, _reading_pb2.WatchStepsResponse]  # type: ignore[assignment]
+    """Tells of every step that the job commits after `after_step`, once each and in order, whoever contributes to it.
+
+    The server begins with a response header, from which on no step is missed. The stream ends with the job. The server
+    remembers the last 1024 steps: a watcher that falls behind further is cut off with RESOURCE_EXHAUSTED
+    (LIMIT_EXCEEDED), and so is one that asks for steps that are no longer remembered.
+
+    Idempotent; a retry names the last step that it was told of.
+
+    Errors:
+    - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+    - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
+    - ABORTED (JOB_DELETED): the job was deleted.
+    """
 
 class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
     """An optimizer at the other end of a line. What changes a job goes over its worker's one training stream, so
@@ -190,9 +220,10 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
         LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
         answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
-        LayoutAccepted ... JobReady), LoadState (answered by LoadStateAccepted,
-        then StateLoaded), Leave (answered by the end of the stream). In
-        a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
+        LayoutAccepted ... JobReady), ReplaceLayout (likewise), LoadState (answered by
+        LoadStateAccepted, then StateLoaded), Accumulate and DiscardAccumulated (answered by Accumulated), AttachBuffers
+        (answered by BuffersAccepted, then BuffersHeld), PushBuffers (answered by BuffersHeld), Leave (answered by the end
+        of the stream). In a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
         Idempotency and retries. The stream is not idempotent and MUST NOT be resent blindly: a push whose StepReceipt
         did not arrive may have been applied. A worker whose stream broke opens the job again with the same `worker_id`
@@ -234,6 +265,26 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT (INVALID_FIELD): a parameter index or a kind that the job does not have.
         - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many reads at once. Answered at once, never by waiting.
         - DEADLINE_EXCEEDED (STEP_TIMEOUT): the step was not committed in time, or see above.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchSteps(
+        self,
+        request: _reading_pb2.WatchStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_reading_pb2.WatchStepsResponse], _abc.AsyncIterator[_reading_pb2.WatchStepsResponse]]:
+        """Tells of every step that the job commits after `after_step`, once each and in order, whoever contributes to it.
+
+        The server begins with a response header, from which on no step is missed. The stream ends with the job. The server
+        remembers the last 1024 steps: a watcher that falls behind further is cut off with RESOURCE_EXHAUSTED
+        (LIMIT_EXCEEDED), and so is one that asks for steps that are no longer remembered.
+
+        Idempotent; a retry names the last step that it was told of.
+
+        Errors:
+        - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+        - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
+        - ABORTED (JOB_DELETED): the job was deleted.
         """
 
 def add_OptimizerServiceServicer_to_server(servicer: OptimizerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

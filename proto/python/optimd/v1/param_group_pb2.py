@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptimd/v1/param_group.proto\x12\toptimd.v1\"%\n\x05\x42\x65tas\x12\r\n\x05\x62\x65ta1\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x02 \x01(\x01\"\x8c\x02\n\x0b\x41\x64\x61mOptions\x12\n\n\x02lr\x18\x01 \x01(\x01\x12\x1f\n\x05\x62\x65tas\x18\x02 \x01(\x0b\x32\x10.optimd.v1.Betas\x12\x0b\n\x03\x65ps\x18\x03 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x0f\n\x07\x61msgrad\x18\x05 \x01(\x08\x12\x10\n\x08maximize\x18\x06 \x01(\x08\x12\x14\n\x07\x66oreach\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ncapturable\x18\x08 \x01(\x08\x12\x16\n\x0e\x64ifferentiable\x18\t \x01(\x08\x12\x12\n\x05\x66used\x18\n \x01(\x08H\x01\x88\x01\x01\x12\x1e\n\x16\x64\x65\x63oupled_weight_decay\x18\x0b \x01(\x08\x42\n\n\x08_foreachB\x08\n\x06_fused\"1\n\tExtraList\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ExtraValue\"\x9c\x01\n\nExtraValue\x12\x14\n\nbool_value\x18\x01 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x02 \x01(\x12H\x00\x12\x16\n\x0c\x64ouble_value\x18\x03 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x04 \x01(\tH\x00\x12*\n\nlist_value\x18\x05 \x01(\x0b\x32\x14.optimd.v1.ExtraListH\x00\x42\x07\n\x05value\"\xdd\x01\n\nParamGroup\x12\r\n\x05index\x18\x01 \x01(\r\x12\x17\n\x0fparameter_count\x18\x02 \x01(\r\x12&\n\x04\x61\x64\x61m\x18\x03 \x01(\x0b\x32\x16.optimd.v1.AdamOptionsH\x00\x12/\n\x05\x65xtra\x18\x04 \x03(\x0b\x32 .optimd.v1.ParamGroup.ExtraEntry\x1a\x43\n\nExtraEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.optimd.v1.ExtraValue:\x02\x38\x01\x42\t\n\x07options\"8\n\x0fParamGroupsPage\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ParamGroupb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptimd/v1/param_group.proto\x12\toptimd.v1\x1a\x16optimd/v1/tensor.proto\"%\n\x05\x42\x65tas\x12\r\n\x05\x62\x65ta1\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x02 \x01(\x01\"\x8c\x02\n\x0b\x41\x64\x61mOptions\x12\n\n\x02lr\x18\x01 \x01(\x01\x12\x1f\n\x05\x62\x65tas\x18\x02 \x01(\x0b\x32\x10.optimd.v1.Betas\x12\x0b\n\x03\x65ps\x18\x03 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x0f\n\x07\x61msgrad\x18\x05 \x01(\x08\x12\x10\n\x08maximize\x18\x06 \x01(\x08\x12\x14\n\x07\x66oreach\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ncapturable\x18\x08 \x01(\x08\x12\x16\n\x0e\x64ifferentiable\x18\t \x01(\x08\x12\x12\n\x05\x66used\x18\n \x01(\x08H\x01\x88\x01\x01\x12\x1e\n\x16\x64\x65\x63oupled_weight_decay\x18\x0b \x01(\x08\x42\n\n\x08_foreachB\x08\n\x06_fused\"1\n\tExtraList\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ExtraValue\"\x9c\x01\n\nExtraValue\x12\x14\n\nbool_value\x18\x01 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x02 \x01(\x12H\x00\x12\x16\n\x0c\x64ouble_value\x18\x03 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x04 \x01(\tH\x00\x12*\n\nlist_value\x18\x05 \x01(\x0b\x32\x14.optimd.v1.ExtraListH\x00\x42\x07\n\x05value\"\xd4\x02\n\nParamGroup\x12\r\n\x05index\x18\x01 \x01(\r\x12\x17\n\x0fparameter_count\x18\x02 \x01(\r\x12&\n\x04\x61\x64\x61m\x18\x03 \x01(\x0b\x32\x16.optimd.v1.AdamOptionsH\x00\x12/\n\x05\x65xtra\x18\x04 \x03(\x0b\x32 .optimd.v1.ParamGroup.ExtraEntry\x12\x33\n\x07tensors\x18\x05 \x03(\x0b\x32\".optimd.v1.ParamGroup.TensorsEntry\x1a\x43\n\nExtraEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.optimd.v1.ExtraValue:\x02\x38\x01\x1a@\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0e\x32\x10.optimd.v1.Dtype:\x02\x38\x01\x42\t\n\x07options\"8\n\x0fParamGroupsPage\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ParamGroupb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +34,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARAMGROUP_EXTRAENTRY']._loaded_options = None
   _globals['_PARAMGROUP_EXTRAENTRY']._serialized_options = b'8\001'
-  _globals['_BETAS']._serialized_start=42
-  _globals['_BETAS']._serialized_end=79
-  _globals['_ADAMOPTIONS']._serialized_start=82
-  _globals['_ADAMOPTIONS']._serialized_end=350
-  _globals['_EXTRALIST']._serialized_start=352
-  _globals['_EXTRALIST']._serialized_end=401
-  _globals['_EXTRAVALUE']._serialized_start=404
-  _globals['_EXTRAVALUE']._serialized_end=560
-  _globals['_PARAMGROUP']._serialized_start=563
-  _globals['_PARAMGROUP']._serialized_end=784
-  _globals['_PARAMGROUP_EXTRAENTRY']._serialized_start=706
-  _globals['_PARAMGROUP_EXTRAENTRY']._serialized_end=773
-  _globals['_PARAMGROUPSPAGE']._serialized_start=786
-  _globals['_PARAMGROUPSPAGE']._serialized_end=842
+  _globals['_PARAMGROUP_TENSORSENTRY']._loaded_options = None
+  _globals['_PARAMGROUP_TENSORSENTRY']._serialized_options = b'8\001'
+  _globals['_BETAS']._serialized_start=66
+  _globals['_BETAS']._serialized_end=103
+  _globals['_ADAMOPTIONS']._serialized_start=106
+  _globals['_ADAMOPTIONS']._serialized_end=374
+  _globals['_EXTRALIST']._serialized_start=376
+  _globals['_EXTRALIST']._serialized_end=425
+  _globals['_EXTRAVALUE']._serialized_start=428
+  _globals['_EXTRAVALUE']._serialized_end=584
+  _globals['_PARAMGROUP']._serialized_start=587
+  _globals['_PARAMGROUP']._serialized_end=927
+  _globals['_PARAMGROUP_EXTRAENTRY']._serialized_start=783
+  _globals['_PARAMGROUP_EXTRAENTRY']._serialized_end=850
+  _globals['_PARAMGROUP_TENSORSENTRY']._serialized_start=852
+  _globals['_PARAMGROUP_TENSORSENTRY']._serialized_end=916
+  _globals['_PARAMGROUPSPAGE']._serialized_start=929
+  _globals['_PARAMGROUPSPAGE']._serialized_end=985
 # @@protoc_insertion_point(module_scope)

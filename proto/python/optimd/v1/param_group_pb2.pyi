@@ -1,3 +1,4 @@
+from optimd.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -61,7 +62,7 @@ class ExtraValue(_message.Message):
     def __init__(self, bool_value: bool = ..., int_value: _Optional[int] = ..., double_value: _Optional[float] = ..., string_value: _Optional[str] = ..., list_value: _Optional[_Union[ExtraList, _Mapping]] = ...) -> None: ...
 
 class ParamGroup(_message.Message):
-    __slots__ = ("index", "parameter_count", "adam", "extra")
+    __slots__ = ("index", "parameter_count", "adam", "extra", "tensors")
     class ExtraEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -69,15 +70,24 @@ class ParamGroup(_message.Message):
         key: str
         value: ExtraValue
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ExtraValue, _Mapping]] = ...) -> None: ...
+    class TensorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _tensor_pb2.Dtype
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_tensor_pb2.Dtype, str]] = ...) -> None: ...
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
     ADAM_FIELD_NUMBER: _ClassVar[int]
     EXTRA_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     index: int
     parameter_count: int
     adam: AdamOptions
     extra: _containers.MessageMap[str, ExtraValue]
-    def __init__(self, index: _Optional[int] = ..., parameter_count: _Optional[int] = ..., adam: _Optional[_Union[AdamOptions, _Mapping]] = ..., extra: _Optional[_Mapping[str, ExtraValue]] = ...) -> None: ...
+    tensors: _containers.ScalarMap[str, _tensor_pb2.Dtype]
+    def __init__(self, index: _Optional[int] = ..., parameter_count: _Optional[int] = ..., adam: _Optional[_Union[AdamOptions, _Mapping]] = ..., extra: _Optional[_Mapping[str, ExtraValue]] = ..., tensors: _Optional[_Mapping[str, _tensor_pb2.Dtype]] = ...) -> None: ...
 
 class ParamGroupsPage(_message.Message):
     __slots__ = ("groups",)

@@ -1,5 +1,6 @@
 from optimd.v1 import state_dict_pb2 as _state_dict_pb2
 from optimd.v1 import tensor_pb2 as _tensor_pb2
+from optimd.v1 import training_pb2 as _training_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -53,3 +54,21 @@ class ReadStateResponse(_message.Message):
     bucket: _tensor_pb2.TensorBucket
     payload: bytes
     def __init__(self, state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class WatchStepsRequest(_message.Message):
+    __slots__ = ("job", "worker_id", "after_step")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    worker_id: str
+    after_step: int
+    def __init__(self, job: _Optional[str] = ..., worker_id: _Optional[str] = ..., after_step: _Optional[int] = ...) -> None: ...
+
+class WatchStepsResponse(_message.Message):
+    __slots__ = ("receipt", "contributed")
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTED_FIELD_NUMBER: _ClassVar[int]
+    receipt: _training_pb2.StepReceipt
+    contributed: bool
+    def __init__(self, receipt: _Optional[_Union[_training_pb2.StepReceipt, _Mapping]] = ..., contributed: bool = ...) -> None: ...

@@ -27,3 +27,19 @@ class StateDictPage(_message.Message):
     state: _containers.RepeatedCompositeFieldContainer[ParameterState]
     last: bool
     def __init__(self, param_groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[ParameterState, _Mapping]]] = ..., last: bool = ...) -> None: ...
+
+class PushedEntry(_message.Message):
+    __slots__ = ("parameter", "has_value", "state")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    HAS_VALUE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    has_value: bool
+    state: ParameterState
+    def __init__(self, parameter: _Optional[int] = ..., has_value: bool = ..., state: _Optional[_Union[ParameterState, _Mapping]] = ...) -> None: ...
+
+class PushedPage(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[PushedEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[PushedEntry, _Mapping]]] = ...) -> None: ...

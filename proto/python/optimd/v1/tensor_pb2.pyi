@@ -16,6 +16,12 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT16: _ClassVar[Dtype]
     DTYPE_COMPLEX64: _ClassVar[Dtype]
     DTYPE_COMPLEX128: _ClassVar[Dtype]
+    DTYPE_INT64: _ClassVar[Dtype]
+    DTYPE_INT32: _ClassVar[Dtype]
+    DTYPE_INT16: _ClassVar[Dtype]
+    DTYPE_INT8: _ClassVar[Dtype]
+    DTYPE_UINT8: _ClassVar[Dtype]
+    DTYPE_BOOL: _ClassVar[Dtype]
 
 class TensorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -32,6 +38,12 @@ DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype
 DTYPE_COMPLEX64: Dtype
 DTYPE_COMPLEX128: Dtype
+DTYPE_INT64: Dtype
+DTYPE_INT32: Dtype
+DTYPE_INT16: Dtype
+DTYPE_INT8: Dtype
+DTYPE_UINT8: Dtype
+DTYPE_BOOL: Dtype
 TENSOR_KIND_UNSPECIFIED: TensorKind
 TENSOR_KIND_PARAMETER: TensorKind
 TENSOR_KIND_GRADIENT: TensorKind
@@ -40,16 +52,18 @@ TENSOR_KIND_EXP_AVG_SQ: TensorKind
 TENSOR_KIND_MAX_EXP_AVG_SQ: TensorKind
 
 class ParameterSpec(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "memory_order")
+    __slots__ = ("name", "dtype", "shape", "memory_order", "master_dtype")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_ORDER_FIELD_NUMBER: _ClassVar[int]
+    MASTER_DTYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: Dtype
     shape: _containers.RepeatedScalarFieldContainer[int]
     memory_order: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., memory_order: _Optional[_Iterable[int]] = ...) -> None: ...
+    master_dtype: Dtype
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ..., memory_order: _Optional[_Iterable[int]] = ..., master_dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class BucketSlice(_message.Message):
     __slots__ = ("parameter", "offset", "length")
@@ -62,16 +76,18 @@ class BucketSlice(_message.Message):
     def __init__(self, parameter: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class BucketSpec(_message.Message):
-    __slots__ = ("bucket_id", "group", "dtype", "slices")
+    __slots__ = ("bucket_id", "group", "dtype", "slices", "master_dtype")
     BUCKET_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
+    MASTER_DTYPE_FIELD_NUMBER: _ClassVar[int]
     bucket_id: int
     group: int
     dtype: Dtype
     slices: _containers.RepeatedCompositeFieldContainer[BucketSlice]
-    def __init__(self, bucket_id: _Optional[int] = ..., group: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., slices: _Optional[_Iterable[_Union[BucketSlice, _Mapping]]] = ...) -> None: ...
+    master_dtype: Dtype
+    def __init__(self, bucket_id: _Optional[int] = ..., group: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., slices: _Optional[_Iterable[_Union[BucketSlice, _Mapping]]] = ..., master_dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class BucketTablePage(_message.Message):
     __slots__ = ("buckets", "last")
@@ -90,3 +106,19 @@ class TensorBucket(_message.Message):
     kind: TensorKind
     present: bytes
     def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ...) -> None: ...
+
+class BufferSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: Dtype
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class BufferChunk(_message.Message):
+    __slots__ = ("offset",)
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    def __init__(self, offset: _Optional[int] = ...) -> None: ...

@@ -29,6 +29,8 @@ STATUS_OF_REASON: Final[dict[str, str]] = {
     "UNSUPPORTED": "UNIMPLEMENTED",
     "UPDATE_REFUSED": "INVALID_ARGUMENT",
     "JOB_DELETED": "ABORTED",
+    "ACCUMULATION_LOST": "FAILED_PRECONDITION",
+    "NONFINITE_GRADIENT": "INVALID_ARGUMENT",
 }
 """The gRPC status of each reason, by the schema's names without their prefix."""
 
