@@ -36,6 +36,10 @@ class Parameter:
         """The number of bytes of its value."""
         return self.numel * self.dtype.itemsize
 
+    def holds_like(self, other: Parameter) -> bool:
+        """Whether its elements, in memory, are as many, as wide and in the same order as another's."""
+        return (self.dtype, self.shape, self.memory_order) == (other.dtype, other.shape, other.memory_order)
+
     def title(self, index: int) -> str:
         """How a message to a person names it."""
         return f"parameter {index} ({self.name})" if self.name else f"parameter {index}"
