@@ -243,13 +243,15 @@ def test_the_optimizer_that_a_module_is_handed_is_the_remote_one(server: Server)
     assert handed.state[module.net[0].weight]["step"] == 5
 
 
-def test_the_learning_rate_finder_leaves_no_trace(server: Server) -> None:
+def test_the_learning_rate_finder_finds_the_same_and_leaves_no_trace(server: Server, tmp_path: Path) -> None:
     """It trains with rising rates and puts everything back, from a checkpoint of its own."""
     found = []
     for adam in (fused(server), torchs_fused):
         module = Regressor(adam)
         before = {name: value.clone() for name, value in module.state_dict().items()}
-        finder = Tuner(trainer_of()).lr_find(module, num_training=15, early_stop_threshold=None, update_attr=False)
+        tuner = Tuner(trainer_of(default_root_dir=tmp_path))
+        finder = tuner.lr_find(module, num_training=15, early_stop_threshold=None, update_attr=False)
+        assert len(module.seen) == 15
         found.append(finder.results)
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert found[0] == found[1]
