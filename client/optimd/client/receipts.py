@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
+
+from optimd.v1 import training_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +19,8 @@ class StepReceipt:
     """The job step that the gradients went into: the number of committed steps, this one included."""
 
     outcome: str
-    """What became of the gradients: "applied"."""
+    """What became of the gradients: "applied", or "skipped_nonfinite" where they were not finite: nothing of them was
+    applied."""
 
     contributors: tuple[int, ...]
     """The ranks whose gradients are in the step, ascending."""
@@ -27,8 +31,28 @@ class StepReceipt:
     hyperparameters_disagreed: bool
     """Whether contributors had different param_groups. Those of the lowest rank held."""
 
+    pushed_differently: tuple[int, ...]
+    """The indices of parameters for which workers pushed different values or states, which they had changed outside of
+    steps; those of the lowest rank hold. At most 100."""
+
     bytes_sent: int
     """Bytes of the step's messages to the server."""
 
     bytes_received: int
     """Bytes of the step's messages from the server."""
+
+    @classmethod
+    def from_message(cls, message: training_pb2.StepReceipt, *, bytes_sent: int, bytes_received: int) -> Self:
+        """What the schema's receipt says."""
+        outcome = training_pb2.StepOutcome.Name(message.outcome).removeprefix("STEP_OUTCOME_").lower()
+        return cls(
+            sequence=message.sequence,
+            step=message.step,
+            outcome=outcome,
+            contributors=tuple(message.contributors),
+            partial_contributors=tuple(message.partial_contributors),
+            hyperparameters_disagreed=message.hyperparameters_disagreed,
+            pushed_differently=tuple(message.pushed_differently),
+            bytes_sent=bytes_sent,
+            bytes_received=bytes_received,
+        )

@@ -28,8 +28,8 @@ def encode_group(
 ) -> param_group_pb2.ParamGroup:
     """The options of one of torch's param_groups.
 
-    Numbers become doubles, one-element tensors their value, with their dtype beside it. What a scheduler or a user added
-    travels in `extra`; values that the schema cannot express are left out.
+    Numbers become doubles, one-element tensors their value, with their dtype beside it. What a scheduler or a user
+    added travels in `extra`; values that the schema cannot express are left out.
 
     Args:
         index: The group's index.
