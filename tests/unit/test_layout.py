@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimd.v1 import tensor_pb2
+from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import (
     Bucket,
     Parameter,
@@ -228,8 +229,8 @@ def test_the_payload_of_some_slices_counts_only_theirs() -> None:
     """Absent slices take no room."""
     bucket = Bucket(0, 0, torch.float64, (Slice(0, 0, 5), Slice(1, 0, 7), Slice(2, 0, 0)))
     assert bucket.nbytes == 96
-    assert bucket.payload_bytes([True, False, True]) == 40
-    assert bucket.payload_bytes([True, True, True]) == 96
+    assert bucket.payload_bytes(PARAMETER, [True, False, True]) == 40
+    assert bucket.payload_bytes(PARAMETER, [True, True, True]) == 96
 
 
 @several

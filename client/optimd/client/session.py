@@ -23,7 +23,7 @@ from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state,
 from optimd.client.translation import exception_of
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import GRADIENT, PARAMETER
+from optimd.wire.kinds import GRADIENT, PARAMETER, encode_kind
 from optimd.wire.layout import Bucket, Parameter, decode_parameter, encode_parameter, unpack_present
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import decode_group, encode_group
@@ -403,9 +403,11 @@ class Session:
     # --- all of the above
 
     def _write(self, writer: FlatWriter, header: tensor_pb2.TensorBucket, payload: memoryview) -> None:
+        if header.kind != encode_kind(PARAMETER):
+            raise ProtocolError(f"the server at {self.address} sent tensor kind {header.kind} where values were due")
         try:
             bucket = self._layout.bucket(header.bucket_id)
-            writer.write(bucket, unpack_present(header.present, len(bucket.slices)), payload)
+            writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload)
         except ValueError as error:
             raise ProtocolError(f"the server at {self.address} sent a bucket that does not fit: {error}") from error
 

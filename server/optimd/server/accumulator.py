@@ -10,7 +10,7 @@ from optimd.wire.layout import Bucket
 
 
 class GradientAccumulator:
-    """One bucket's gradients, added up on the server's device as they arrive.
+    """One bucket's gradients, added up as they arrive, on the server's device and in the dtype that it keeps.
 
     Its memory is taken with the first contribution and kept for the steps that follow. Not thread-safe.
 
@@ -37,9 +37,9 @@ class GradientAccumulator:
             payload: The elements of the present slices, flat, on the CPU. Only read.
             present: For each slice whether the worker has a gradient for it.
         """
-        payload = payload.to(self._device)
+        payload = payload.to(device=self._device, dtype=self._bucket.server_dtype)
         if self._sum is None:
-            self._sum = torch.empty(sum(self._lengths), dtype=self._bucket.dtype, device=self._device)
+            self._sum = torch.empty(sum(self._lengths), dtype=self._bucket.server_dtype, device=self._device)
         if all(present) and not any(self.present):
             self._sum.copy_(payload)
         elif all(present) and all(self.present):

@@ -238,7 +238,7 @@ class Job:
         """
         offset = 0
         for options, size in zip(groups, sizes, strict=True):
-            self._check_options(options, {parameter.dtype for parameter in parameters[offset : offset + size]})
+            self._check_options(options, {parameter.server_dtype for parameter in parameters[offset : offset + size]})
             offset += size
         with self._changed:
             if self._aggregator.is_open:
@@ -550,7 +550,7 @@ class Job:
     # --- all below with self._changed held
 
     def _settle_locked(self, decisions: Sequence[Decision], step: int) -> None:
-        """Carries decisions out and makes a committed step the job's. `step` were committed before."""
+        """Carries decisions out and makes what became of a step the job's. `step` were committed before."""
         try:
             round_ = self._stepper.carry_out(decisions)
         except Exception:
@@ -639,7 +639,7 @@ class Job:
 
     def _dtypes_of_locked(self, group: int) -> set[torch.dtype]:
         first = sum(self.group_sizes[:group])
-        return {parameter.dtype for parameter in self.store.parameters[first : first + self.group_sizes[group]]}
+        return {parameter.server_dtype for parameter in self.store.parameters[first : first + self.group_sizes[group]]}
 
     def _check_free_locked(self, newcomer: Worker) -> None:
         for worker in self._members:

@@ -248,7 +248,7 @@ class Stepper:
 
     def _splits_freely(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> bool:
         options = self._settle(contributors).groups[bucket.group]
-        return update.is_split_invariant(options, bucket.dtype)
+        return update.is_split_invariant(options, bucket.server_dtype)
 
     def _accumulator(self, bucket: Bucket) -> GradientAccumulator:
         accumulator = self._accumulators.get(bucket.bucket_id)
