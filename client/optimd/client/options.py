@@ -6,7 +6,10 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from optimd.client.exceptions import ConfigurationError
+from optimd.wire.dtypes import encode_dtype
 from optimd.wire.limits import MAX_BUCKET_BYTES, MIN_BUCKET_BYTES
 
 
@@ -71,6 +74,13 @@ class ProxyOptions:
     """When the server applies a push: each bucket as it arrives, or all of them when every worker has pushed. Auto:
     streaming with one worker, atomic with several."""
 
+    master_dtype: torch.dtype | None = None
+    """A real floating-point dtype, such as torch.float32, in which the server keeps values and state of the parameters
+    that are of a narrower one; parameters as wide or wider and complex ones are left as they are. Gradients are added
+    up in it, `state_dict` has it, and the worker's parameters are the master weights rounded. None: the parameters' own
+    dtypes. All workers of a job give the same. The master weights themselves are in no `state_dict`: a job that is
+    created anew starts from the rounded ones."""
+
     bucket_bytes: int | None = None
     """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
 
@@ -88,6 +98,7 @@ class ProxyOptions:
             )
         if self.apply not in ("auto", "streaming", "atomic"):
             raise ConfigurationError(f'ProxyOptions(apply={self.apply!r}): "auto", "streaming" or "atomic" is needed')
+        self._check_numerics()
         if self.bucket_bytes is not None and not MIN_BUCKET_BYTES <= self.bucket_bytes <= MAX_BUCKET_BYTES:
             raise ConfigurationError(
                 f"ProxyOptions(bucket_bytes={self.bucket_bytes}): {MIN_BUCKET_BYTES} to {MAX_BUCKET_BYTES} is needed"
@@ -96,3 +107,20 @@ class ProxyOptions:
             raise ConfigurationError(
                 f"ProxyOptions(retry_timeout_s={self.retry_timeout_s}): a positive number of seconds is needed"
             )
+
+    def _check_numerics(self) -> None:
+        if self.master_dtype is not None and not _can_be_master(self.master_dtype):
+            raise ConfigurationError(
+                f"ProxyOptions(master_dtype={self.master_dtype!r}): a real floating-point dtype that the wire carries "
+                "is needed, such as torch.float32"
+            )
+
+
+def _can_be_master(dtype: object) -> bool:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return False
+    try:
+        encode_dtype(dtype)
+    except ValueError:
+        return False
+    return True

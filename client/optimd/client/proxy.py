@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import JobMismatchError, OptimizerClosedError
+from optimd.client.masterstate import remembering_what_is_loaded, unrounded
 from optimd.client.options import ProxyOptions
 from optimd.client.parameters import describe, refuse_shared_memory
 from optimd.client.placement import names, place
@@ -50,6 +51,8 @@ class OptimizerProxy(Optimizer):
 
     _session: Session | None = None
     _finalizer: weakref.finalize[..., Any] | None = None
+    _loading: Sequence[StateDict] = ()
+    """While a state_dict is being loaded, what torch was given to load."""
     _warned_of_disagreement = False
     last_receipt: StepReceipt | None = None
     """What became of the last `step()`; None before the first."""
@@ -224,12 +227,14 @@ class OptimizerProxy(Optimizer):
         session = self._open_session()
         before = self.param_groups
         try:
-            with self._state_here():
+            with self._state_here(), remembering_what_is_loaded(self) as self._loading:
                 _untraced(super().load_state_dict)(state_dict)
                 session.load(self.param_groups, self._entries_here(), force=force)
         except BaseException:
             self.param_groups = before
             raise
+        finally:
+            self._loading = ()
 
     @property
     def state(self) -> Any:
@@ -254,8 +259,12 @@ class OptimizerProxy(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._session is not None:
-            # torch's load_state_dict, on its way.
+            # torch's load_state_dict, on its way: it has rounded what the server keeps in a master dtype.
             super().__setstate__(state)
+            for loaded in self._loading:
+                described = self._open_session().parameters
+                for parameter, entry in unrounded(loaded, self._tensors(), described, self._state_tensors):
+                    self.state[parameter].update(entry)
             return
         # A copy, or what comes out of a pickle: a job of its own with the same state.
         state = dict(state)
@@ -300,11 +309,12 @@ class OptimizerProxy(Optimizer):
 
     def _described(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Parameter]:
         described = []
+        master_dtype = self._requested[1].master_dtype
         for group in groups:
             titles = group.get("param_names") or [""] * len(group["params"])
             for tensor, title in zip(group["params"], titles, strict=True):
                 try:
-                    described.append(describe(tensor, title))
+                    described.append(describe(tensor, title, master_dtype))
                 except ValueError as error:
                     index = first + len(described)
                     name = f"parameter {index} ({title})" if title else f"parameter {index}"
