@@ -81,6 +81,18 @@ class ProxyOptions:
     dtypes. All workers of a job give the same. The master weights themselves are in no `state_dict`: a job that is
     created anew starts from the rounded ones."""
 
+    max_grad_norm: float | None = None
+    """What the server scales a step's gradient down to where its norm, over all parameters, is larger, as
+    `torch.nn.utils.clip_grad_norm_` does; positive. The gradient is the one that the step is made with: reduced over
+    the workers, in the dtype that the server keeps. `StepReceipt.grad_norm` has the norm. Applies steps atomically.
+    None: no clipping. All workers of a job give the same."""
+
+    nonfinite: Literal["allow", "skip", "error"] = "allow"
+    """What becomes of a step whose gradient, reduced over the workers and not yet clipped, has an infinite element or a
+    NaN. Allow: it is applied, as in torch. Skip: nothing is changed, the job's step does not advance, and the receipts
+    say "skipped_nonfinite". Error: nothing is changed, and `step()` raises `NonFiniteGradientError` in every worker; it
+    can be called again. The last two apply steps atomically. All workers of a job give the same."""
+
     bucket_bytes: int | None = None
     """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
 
@@ -113,6 +125,17 @@ class ProxyOptions:
             raise ConfigurationError(
                 f"ProxyOptions(master_dtype={self.master_dtype!r}): a real floating-point dtype that the wire carries "
                 "is needed, such as torch.float32"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigurationError(f"ProxyOptions(max_grad_norm={self.max_grad_norm}): a positive number is needed")
+        if self.nonfinite not in ("allow", "skip", "error"):
+            raise ConfigurationError(
+                f'ProxyOptions(nonfinite={self.nonfinite!r}): "allow", "skip" or "error" is needed'
+            )
+        if self.apply == "streaming" and (self.max_grad_norm is not None or self.nonfinite != "allow"):
+            raise ConfigurationError(
+                'ProxyOptions(apply="streaming"): max_grad_norm and nonfinite look at a whole step before any of it is '
+                'applied; leave apply at "auto", or choose "atomic"'
             )
 
 

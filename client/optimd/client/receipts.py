@@ -13,10 +13,12 @@ class StepReceipt:
     """This worker's step counter, from 0."""
 
     step: int
-    """The job step that the gradients went into: the number of committed steps, this one included."""
+    """The job step that the gradients went into: the number of committed steps, this one included. Where nothing was
+    applied, the job's last step, as before."""
 
     outcome: str
-    """What became of the gradients: "applied"."""
+    """What became of the gradients: "applied", or "skipped_nonfinite" where nothing was applied, because the step's
+    gradient was not finite (`ProxyOptions.nonfinite`)."""
 
     contributors: tuple[int, ...]
     """The ranks whose gradients are in the step, ascending."""
@@ -26,6 +28,10 @@ class StepReceipt:
 
     hyperparameters_disagreed: bool
     """Whether contributors had different param_groups. Those of the lowest rank held."""
+
+    grad_norm: float | None
+    """The norm of the reduced gradient before it was clipped; None without `ProxyOptions.max_grad_norm`, and where the
+    step was skipped."""
 
     bytes_sent: int
     """Bytes of the step's messages to the server."""

@@ -44,6 +44,8 @@ class JobRequest:
     aggregation: job_pb2.Aggregation
     apply: job_pb2.ApplyMode
     bucket_bytes: int
+    max_grad_norm: float | None
+    nonfinite: job_pb2.NonFinite
 
 
 class Session:
@@ -151,6 +153,8 @@ class Session:
                     bucket_bytes=request.bucket_bytes,
                     private=request.private,
                     client_version=version("optimd"),
+                    max_grad_norm=request.max_grad_norm,
+                    nonfinite=request.nonfinite,
                 )
             )
         )
@@ -295,6 +299,7 @@ class Session:
             contributors=tuple(receipt.contributors),
             partial_contributors=tuple(receipt.partial_contributors),
             hyperparameters_disagreed=receipt.hyperparameters_disagreed,
+            grad_norm=receipt.grad_norm if receipt.HasField("grad_norm") else None,
             bytes_sent=stream.bytes_sent - sent,
             bytes_received=stream.bytes_received - received,
         )

@@ -24,10 +24,12 @@ class GradientAccumulator:
         self._device = device
         self._lengths = [piece.length for piece in bucket.slices]
         self._sum: torch.Tensor | None = None
+        self._reduced = False
         self.present = [False] * len(bucket.slices)
 
     def clear(self) -> None:
         """Forgets what was added, not the memory it took."""
+        self._reduced = False
         self.present = [False] * len(self._bucket.slices)
 
     def add(self, payload: torch.Tensor, present: Sequence[bool]) -> None:
@@ -49,19 +51,23 @@ class GradientAccumulator:
         self.present = [a or b for a, b in zip(self.present, present, strict=True)]
 
     def reduced(self, divisor: int) -> list[torch.Tensor]:
-        """The gradients of the slices that anybody had one for, divided by `divisor`. Views of the sum's memory."""
+        """The gradients of the slices that anybody had one for, divided by `divisor`. Views of the sum's memory.
+
+        Only the first call divides: what is reduced stays so, whatever is done to it since, until `clear`.
+        """
         if self._sum is None:
             return []
-        if divisor != 1:
+        if divisor != 1 and not self._reduced:
             self._sum.div_(divisor)
+        self._reduced = True
         pieces = torch.split(self._sum, self._lengths)
         return [piece for piece, here in zip(pieces, self.present, strict=True) if here]
 
     def slice(self, position: int) -> torch.Tensor:
-        """The gradient of one slice, as `reduced` left it; zeros where nobody had one."""
+        """The gradient of one slice, a view of the sum's memory as `reduced` left it; zeros where nobody had one."""
         length = self._lengths[position]
         if self._sum is None or not self.present[position]:
-            return torch.zeros(length, dtype=self._bucket.dtype, device=self._device)
+            return torch.zeros(length, dtype=self._bucket.server_dtype, device=self._device)
         start = sum(self._lengths[:position])
         return self._sum[start : start + length]
 

@@ -45,6 +45,8 @@ class JobSettings:
 
     world_size: int
     reduction: Literal["mean", "sum"]
+    max_grad_norm: float | None = None
+    nonfinite: Literal["allow", "skip", "error"] = "allow"
     apply: Literal["streaming", "atomic"]
     bucket_bytes: int
     timeout_s: float
@@ -90,6 +92,8 @@ class Job:
             self.store,
             self._members,
             mean=settings.reduction == "mean",
+            max_grad_norm=settings.max_grad_norm,
+            nonfinite=settings.nonfinite,
         )
         self._readers = Readers(self._changed)
         self._draining = False
@@ -409,9 +413,10 @@ class Job:
                 self._changed.notify_all()
 
     def end(self, member: Member, round_: Round) -> None:
-        """A worker has pushed all it had; commits the step if it was the last. Waits for readers.
+        """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.
 
         Raises:
+            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
             UpdateRefusedError: torch refuses the update.
             LimitExceededError: the device has no memory left for it.
             OutOfOrderError: the worker's line is down.
@@ -425,7 +430,7 @@ class Job:
             self._settle_locked(self._aggregator.end(member.worker), step)
 
     def await_progress(self, member: Member, round_: Round, seen: int) -> int:
-        """Waits until more than `seen` buckets are applied or the step is committed.
+        """Waits until more than `seen` buckets are applied or the step is committed or skipped.
 
         Returns:
             How many buckets are applied.
@@ -433,6 +438,7 @@ class Job:
         Raises:
             StepTimeoutError: nothing happened for `timeout_s`.
             UpdateRefusedError: torch refused the step.
+            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
             JobDeletedError: the job went away.
         """
         with self._changed:
@@ -564,6 +570,10 @@ class Job:
                 record = self._record_locked(worker.worker_id)
                 record.next_sequence += 1
                 record.pushes += 1
+        if round_ is not None and round_.skipped is not None:
+            self._aggregator.forget_step(round_.skipped.step)
+            for worker in round_.skipped.pushes:
+                self._record_locked(worker.worker_id).next_sequence += 1
 
     def _take_back_growth_locked(self) -> None:
         """The worker that was uploading is gone: what it had added without its values goes with it."""

@@ -12,6 +12,7 @@ from optimd.server.errors import (
     JobMismatchError,
     LimitExceededError,
     LoadNeedsForceError,
+    NonFiniteGradientError,
     OutOfOrderError,
     RequestError,
     UpdateRefusedError,
@@ -259,14 +260,19 @@ class TrainSession:
             for applied, slices in round_.applied[sent:]:
                 yield _values(job, job.store.buckets[applied], slices)
                 sent += 1
-        job.end(member, round_)
-        while True:
-            count = job.await_progress(member, round_, sent)
-            for applied, slices in round_.applied[sent:count]:
-                yield _values(job, job.store.buckets[applied], slices)
-            sent = count
-            if round_.commit is not None and sent == len(round_.applied):
-                break
+        try:
+            job.end(member, round_)
+            while True:
+                count = job.await_progress(member, round_, sent)
+                for applied, slices in round_.applied[sent:count]:
+                    yield _values(job, job.store.buckets[applied], slices)
+                sent = count
+                if round_.is_answered and sent == len(round_.applied):
+                    break
+        except NonFiniteGradientError as error:
+            # Found out before anything was applied: the same push is due again.
+            yield _refusal(error)
+            return
         yield _receipt(begin.sequence, round_)
 
     # --- a state_dict
@@ -360,21 +366,23 @@ def _values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
 
 
 def _receipt(sequence: int, round_: Round) -> bytes:
-    commit = round_.commit
-    if commit is None:
-        raise RuntimeError("a step without a commit has no receipt")
-    return encode(
-        training_pb2.TrainResponse(
-            receipt=training_pb2.StepReceipt(
-                sequence=sequence,
-                step=commit.step,
-                outcome=training_pb2.STEP_OUTCOME_APPLIED,
-                contributors=[worker.rank for worker in commit.contributors],
-                partial_contributors=[worker.rank for worker in commit.partial_contributors],
-                hyperparameters_disagreed=round_.disagreed,
-            )
+    if round_.skipped is not None:
+        receipt = training_pb2.StepReceipt(
+            sequence=sequence, step=round_.skipped.step, outcome=training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE
         )
-    )
+    elif round_.commit is not None:
+        receipt = training_pb2.StepReceipt(
+            sequence=sequence,
+            step=round_.commit.step,
+            outcome=training_pb2.STEP_OUTCOME_APPLIED,
+            contributors=[worker.rank for worker in round_.commit.contributors],
+            partial_contributors=[worker.rank for worker in round_.commit.partial_contributors],
+            hyperparameters_disagreed=round_.disagreed,
+            grad_norm=round_.grad_norm,
+        )
+    else:
+        raise RuntimeError("a step that was neither committed nor skipped has no receipt")
+    return encode(training_pb2.TrainResponse(receipt=receipt))
 
 
 def _decode_group(group: param_group_pb2.ParamGroup) -> dict[str, Any]:
