@@ -47,7 +47,9 @@ def total_norm(grads: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     for indices in _torchs_groups(grads):
         for index in indices:
             pieces = grads[index]
-            whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+            # On a GPU in memory of its own, as torch's gradients are: the kernel's order depends on the alignment.
+            alone = pieces[0] if pieces[0].device.type == "cpu" else pieces[0].clone()
+            whole = alone if len(pieces) == 1 else torch.cat(list(pieces))
             norms += torch._foreach_norm([whole], 2.0)  # noqa: SLF001  # what torch's clipping calls
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
     return total
