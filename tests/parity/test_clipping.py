@@ -99,6 +99,23 @@ def test_parameters_of_several_dtypes_are_clipped_together(server: Server, dtype
     assert_clips_as_torch(server, dtypes, {"fused": True}, bucket_bytes=1024)
 
 
+def test_scalars_beside_wider_parameters_are_scaled_as_torch_scales_scalars(server: Server) -> None:
+    """By a coefficient in the wider dtype: torch lets a 0-dim tensor promote another, and no larger one."""
+    ours, theirs = (
+        [nn.Parameter(torch.ones(3, dtype=torch.float64)), *(nn.Parameter(torch.ones(())) for _ in range(40))]
+        for _ in range(2)
+    )
+    with Adam(ours, fused=True, server=server.address, options=ProxyOptions(max_grad_norm=0.3)) as remote:
+        local = torch.optim.Adam(theirs, fused=True)
+        grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(ours)]
+        give(ours, grads)
+        give(theirs, [grad.clone() for grad in grads])
+        torch.nn.utils.clip_grad_norm_(theirs, 0.3)
+        remote.step()
+        local.step()
+        assert_equal_states(remote, local)
+
+
 def test_a_clipped_step_with_masters_has_the_norm_of_the_wide_gradient(server: Server) -> None:
     """It equals torch's on the masters."""
     ours = parameters(torch.bfloat16)
