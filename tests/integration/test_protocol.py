@@ -322,6 +322,12 @@ def test_a_wrong_message_gets_a_clean_answer_and_disturbs_nobody(
         ({"apply": 0}, "OpenJob.apply"),
         ({"bucket_bytes": 1}, "OpenJob.bucket_bytes"),
         ({"bucket_bytes": 2**31}, "OpenJob.bucket_bytes"),
+        ({"max_grad_norm": 0.0}, "OpenJob.max_grad_norm"),
+        ({"max_grad_norm": -1.0}, "OpenJob.max_grad_norm"),
+        ({"max_grad_norm": float("nan")}, "OpenJob.max_grad_norm"),
+        ({"nonfinite": 77}, "OpenJob.nonfinite"),
+        ({"max_grad_norm": 1.0, "apply": job_pb2.APPLY_MODE_STREAMING}, "OpenJob.apply"),
+        ({"nonfinite": job_pb2.NON_FINITE_SKIP, "apply": job_pb2.APPLY_MODE_STREAMING}, "OpenJob.apply"),
     ],
     ids=str,
 )
@@ -353,8 +359,18 @@ def test_a_wrong_opening_is_refused_by_the_name_of_its_field(server: Server, cha
             },
             "not a permutation",
         ),
+        (
+            {
+                "parameters": [
+                    tensor_pb2.ParameterSpec(
+                        dtype=tensor_pb2.DTYPE_FLOAT32, shape=[3], master_dtype=tensor_pb2.DTYPE_BFLOAT16
+                    )
+                ]
+            },
+            "not a wider real floating-point type",
+        ),
     ],
-    ids=["missing", "none", "dtype", "dims", "order"],
+    ids=["missing", "none", "dtype", "dims", "order", "master"],
 )
 def test_a_wrong_layout_is_refused_by_the_name_of_its_field(server: Server, change: dict[str, Any], text: str) -> None:
     """Before memory is taken."""
@@ -364,6 +380,20 @@ def test_a_wrong_layout_is_refused_by_the_name_of_its_field(server: Server, chan
     assert status is grpc.StatusCode.INVALID_ARGUMENT
     assert text in detail.message
     assert server.registry.all() == []
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"max_grad_norm": 1.0}, {"nonfinite": job_pb2.NON_FINITE_SKIP}, {"nonfinite": 0}], ids=str
+)
+def test_a_sole_worker_is_told_that_its_steps_are_atomic_where_they_have_to_be(
+    server: Server, setting: dict[str, Any]
+) -> None:
+    """And are streaming else."""
+    with PlainWorker(server) as worker:
+        worker.send(worker.open_job(**setting), worker.layout())
+        accepted = worker.until("layout_accepted")[-1].layout_accepted
+    atomic = any(setting.values())
+    assert accepted.apply == (job_pb2.APPLY_MODE_ATOMIC if atomic else job_pb2.APPLY_MODE_STREAMING)
 
 
 def test_a_rule_or_a_policy_that_the_server_does_not_have_is_unsupported(server: Server) -> None:

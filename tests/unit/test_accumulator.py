@@ -162,6 +162,29 @@ def test_a_slice_of_a_cleared_sum_is_zeros() -> None:
     assert sums.slice(3).dtype == torch.bfloat16
 
 
+def test_narrow_gradients_are_added_up_and_divided_in_what_the_server_keeps() -> None:
+    """257 has no bfloat16, nor has half of it."""
+    sums = GradientAccumulator(Bucket(0, 0, torch.bfloat16, (Slice(0, 0, 3),), torch.float32), CPU)
+    assert sums.slice(0).dtype is torch.float32
+    for value in (256.0, 1.0):
+        sums.add(torch.full((3,), value, dtype=torch.bfloat16), [True])
+    (gradient,) = sums.reduced(2)
+    assert gradient.dtype is torch.float32
+    assert gradient.tolist() == [128.5] * 3
+
+
+def test_a_sum_is_divided_once_and_keeps_what_is_done_to_it_then() -> None:
+    """A gradient that was clipped is not reduced anew when it is applied; the next step's is."""
+    sums = accumulator()
+    sums.add(payload(6.0, ALL), ALL)
+    for gradient in sums.reduced(2):
+        gradient.mul_(0.5)
+    assert torch.equal(torch.cat(sums.reduced(2)), payload(1.5, ALL))
+    sums.clear()
+    sums.add(payload(6.0, ALL), ALL)
+    assert torch.equal(torch.cat(sums.reduced(2)), payload(3.0, ALL))
+
+
 contributions = st.tuples(
     st.lists(st.booleans(), min_size=4, max_size=4), st.lists(st.integers(-1000, 1000), min_size=8, max_size=8)
 )

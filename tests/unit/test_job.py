@@ -301,3 +301,74 @@ def test_a_draining_job_begins_no_more_steps() -> None:
     assert team.job.drain(1.0)
     with pytest.raises(ShuttingDownError):
         team.begin(0)
+
+
+def test_a_step_that_ends_with_a_loss_is_skipped_if_it_is_not_finite() -> None:
+    """Who waits is answered, the sequence of both is used up, and the next step has nothing of it."""
+    team = Team(2, apply="atomic", nonfinite="skip")
+    for rank in (0, 1):
+        team.begin(rank)
+    team.push(1, 0, float("inf"))
+    team.push(0, 0, 1.0)
+    team.end(0)
+    team.leave(1)
+    assert team.job.await_progress(team.members[0], team.rounds[0], 0) == 0
+    skipped = team.rounds[0].skipped
+    assert skipped is not None
+    assert (skipped.step, skipped.pushes) == (0, (team.members[0].worker, team.members[1].worker))
+    assert team.job.step == 0
+    assert [team.job.record(f"worker-{rank}").next_sequence for rank in (0, 1)] == [1, 1]
+    assert [team.job.record(f"worker-{rank}").pushes for rank in (0, 1)] == [0, 0]
+    assert team.job.store.steps_of(0) == [0.0, 0.0]
+    team.join(1)
+    team.step_together()
+    assert team.job.step == 1
+    assert team.moment(0) == pytest.approx(0.2)
+
+
+def test_a_step_that_ends_with_a_loss_is_refused_if_it_is_not_finite() -> None:
+    """Whoever is left hears of it, and no sequence is used up."""
+    from optimd.server.errors import NonFiniteGradientError
+
+    team = Team(2, apply="atomic", nonfinite="error")
+    for rank in (0, 1):
+        team.begin(rank)
+    team.push(1, 1, float("nan"))
+    team.end(0)
+    team.leave(1)
+    with pytest.raises(NonFiniteGradientError, match=r"parameter 0 \(table\) for step 1"):
+        team.job.await_progress(team.members[0], team.rounds[0], 0)
+    assert team.job.step == 0
+    assert [team.job.record(f"worker-{rank}").next_sequence for rank in (0, 1)] == [0, 0]
+    team.join(1)
+    team.step_together()
+    assert team.moment(0) == pytest.approx(0.2)
+
+
+def test_a_newcomer_is_let_in_between_a_skipped_step_and_the_next() -> None:
+    """A skipped step is over like any other."""
+    team = Team(2, apply="atomic", nonfinite="skip", world_size=1)
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, float("nan"))
+    newcomer = threading.Thread(target=team.join, args=(2,))
+    newcomer.start()
+    team.end(0)
+    team.end(1)
+    newcomer.join(10)
+    assert team.job.worker_count == 3
+    team.step_together()
+    assert team.moment(0) == pytest.approx(0.3)
+
+
+def test_what_a_lost_worker_has_pushed_of_a_parameter_is_clipped_with_the_rest() -> None:
+    """The elements that nobody pushed count as zero: 256 sums of 3 have norm 48."""
+    team = Team(2, apply="atomic", max_grad_norm=4.8)
+    for rank in (0, 1):
+        team.begin(rank)
+    team.push(0, 0, 1.0)
+    team.push(1, 0, 2.0)
+    team.leave(0)
+    team.end(1)
+    assert team.rounds[1].grad_norm == pytest.approx(48.0)
+    assert team.moment(0) == pytest.approx(0.03)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 from typing import Final
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimd.v1 import tensor_pb2
+from optimd.wire.kinds import GRADIENT, PARAMETER
 from optimd.wire.layout import (
     Bucket,
     Parameter,
@@ -22,6 +24,7 @@ from optimd.wire.layout import (
     encode_bucket,
     encode_parameter,
     first_difference,
+    is_master_of,
     pack_present,
     unpack_present,
 )
@@ -59,10 +62,12 @@ def parameter(*shape: int, name: str = "", dtype: torch.dtype = torch.float32) -
 
 @st.composite
 def parameters(draw: st.DrawFn) -> Parameter:
-    """A parameter of any shape, dtype and memory order."""
+    """A parameter of any shape, dtype and memory order, with any master dtype that it can have or none."""
     shape = draw(shapes)
     order = tuple(draw(st.permutations(range(len(shape)))))
-    return Parameter(draw(st.text(max_size=5)), draw(st.sampled_from(DTYPES)), shape, order)
+    dtype = draw(st.sampled_from(DTYPES))
+    master_dtype = draw(st.sampled_from([None, *(other for other in DTYPES if is_master_of(other, dtype))]))
+    return Parameter(draw(st.text(max_size=5)), dtype, shape, order, master_dtype)
 
 
 class Cut:
@@ -110,10 +115,12 @@ def test_slices_start_at_multiples_of_the_alignment(cut: Cut) -> None:
 @several
 @given(cut=cuts)
 def test_no_payload_is_larger_than_asked_for(cut: Cut) -> None:
-    """`bucket_bytes` bounds every bucket, in the bytes of its dtype."""
+    """`bucket_bytes` bounds every bucket, in the bytes of the widest dtype that it travels in."""
     for bucket in cut.buckets:
+        present = [True] * len(bucket.slices)
         assert bucket.nbytes == sum(piece.length for piece in bucket.slices) * bucket.dtype.itemsize
-        assert bucket.nbytes <= cut.bucket_bytes
+        assert bucket.payload_bytes(PARAMETER, present) == bucket.payload_bytes(GRADIENT, present) == bucket.nbytes
+        assert bucket.nbytes <= bucket.payload_bytes("exp_avg", present) <= cut.bucket_bytes
 
 
 @several
@@ -122,7 +129,8 @@ def test_a_bucket_has_one_dtype_and_the_group_asked_for(cut: Cut) -> None:
     """An update of a bucket is one call with one group's options."""
     for bucket in cut.buckets:
         assert bucket.group == cut.group
-        assert {cut.members[piece.parameter].dtype for piece in bucket.slices} == {bucket.dtype}
+        members = [cut.members[piece.parameter] for piece in bucket.slices]
+        assert {(item.dtype, item.master_dtype) for item in members} == {(bucket.dtype, bucket.master_dtype)}
 
 
 @several
@@ -144,8 +152,9 @@ def test_only_empty_parameters_get_an_empty_slice_and_they_get_one(cut: Cut) -> 
 @given(cut=cuts)
 def test_slices_follow_the_order_of_the_parameters_within_a_dtype(cut: Cut) -> None:
     """Reading a bucket touches its parameters one after another."""
-    for dtype in DTYPES:
-        order = [piece.parameter for bucket in cut.buckets if bucket.dtype == dtype for piece in bucket.slices]
+    for dtypes in {(bucket.dtype, bucket.master_dtype) for bucket in cut.buckets}:
+        buckets = [bucket for bucket in cut.buckets if (bucket.dtype, bucket.master_dtype) == dtypes]
+        order = [piece.parameter for bucket in buckets for piece in bucket.slices]
         assert order == sorted(order)
 
 
@@ -154,8 +163,8 @@ def test_slices_follow_the_order_of_the_parameters_within_a_dtype(cut: Cut) -> N
 def test_a_bucket_is_closed_only_when_nothing_more_fits(cut: Cut) -> None:
     """No more buckets than alignment makes necessary."""
     for before, after in pairwise(cut.buckets):
-        if before.dtype == after.dtype:
-            room = cut.bucket_bytes // before.dtype.itemsize - sum(piece.length for piece in before.slices)
+        if (before.dtype, before.master_dtype) == (after.dtype, after.master_dtype):
+            room = cut.bucket_bytes // before.server_dtype.itemsize - sum(piece.length for piece in before.slices)
             assert room < min(after.slices[0].length, SLICE_ALIGNMENT)
 
 
@@ -204,6 +213,22 @@ def test_dtypes_are_cut_one_after_another() -> None:
     ]
 
 
+def test_buckets_with_a_master_dtype_are_sized_by_it_and_kept_apart() -> None:
+    """State travels in it; what has none shares no bucket with what has one."""
+    half, wide = torch.bfloat16, torch.float32
+    members = [
+        (0, Parameter("", half, (300,), (0,), wide)),
+        (1, parameter(300, dtype=half)),
+        (2, Parameter("", half, (20,), (0,), wide)),
+    ]
+    buckets = cut_buckets(members, group=0, first_id=0, bucket_bytes=1024)
+    assert [(bucket.master_dtype, bucket.slices) for bucket in buckets] == [
+        (wide, (Slice(0, 0, 256),)),
+        (wide, (Slice(0, 256, 44), Slice(2, 0, 20))),
+        (None, (Slice(1, 0, 300),)),
+    ]
+
+
 @pytest.mark.parametrize("size", [0, 1])
 def test_no_bucket_has_more_slices_than_its_bitmap_allows(size: int) -> None:
     """The number of slices is bounded apart from the bytes, for empty parameters too."""
@@ -228,8 +253,22 @@ def test_the_payload_of_some_slices_counts_only_theirs() -> None:
     """Absent slices take no room."""
     bucket = Bucket(0, 0, torch.float64, (Slice(0, 0, 5), Slice(1, 0, 7), Slice(2, 0, 0)))
     assert bucket.nbytes == 96
-    assert bucket.payload_bytes([True, False, True]) == 40
-    assert bucket.payload_bytes([True, True, True]) == 96
+    assert bucket.payload_bytes(PARAMETER, [True, False, True]) == 40
+    assert bucket.payload_bytes(PARAMETER, [True, True, True]) == 96
+
+
+def test_values_and_gradients_travel_narrow_and_state_travels_wide() -> None:
+    """Of a parameter and of its bucket."""
+    item = Parameter("", torch.float16, (12,), (0,), torch.float64)
+    (bucket,) = cut_buckets([(0, item)], group=0, first_id=0, bucket_bytes=1024)
+    for thing in (item, bucket):
+        assert thing.server_dtype is torch.float64
+        assert [thing.dtype_of(kind) for kind in (PARAMETER, GRADIENT, "exp_avg_sq")] == [
+            torch.float16,
+            torch.float16,
+            torch.float64,
+        ]
+    assert (bucket.payload_bytes(GRADIENT, [True]), bucket.payload_bytes("exp_avg", [True])) == (24, 96)
 
 
 @several
@@ -319,6 +358,27 @@ def test_more_dimensions_than_torch_has_are_refused() -> None:
         decode_parameter(most)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "master_dtype"),
+    [
+        (tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_FLOAT32),
+        (tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_BFLOAT16),
+        (tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_BFLOAT16),
+        (tensor_pb2.DTYPE_COMPLEX64, tensor_pb2.DTYPE_COMPLEX128),
+        (tensor_pb2.DTYPE_COMPLEX64, tensor_pb2.DTYPE_FLOAT64),
+        (tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_COMPLEX128),
+    ],
+)
+def test_a_master_dtype_that_is_not_a_wider_real_one_is_refused(
+    dtype: tensor_pb2.Dtype, master_dtype: tensor_pb2.Dtype
+) -> None:
+    """Of parameters and of buckets."""
+    with pytest.raises(ValueError, match="not a wider real floating-point type"):
+        decode_parameter(tensor_pb2.ParameterSpec(dtype=dtype, master_dtype=master_dtype))
+    with pytest.raises(ValueError, match="not a wider real floating-point type"):
+        decode_bucket(tensor_pb2.BucketSpec(dtype=dtype, master_dtype=master_dtype))
+
+
 @several
 @given(cut=cuts)
 def test_buckets_come_back_from_the_wire(cut: Cut) -> None:
@@ -331,8 +391,8 @@ def test_buckets_come_back_from_the_wire(cut: Cut) -> None:
 @several
 @given(item=parameters())
 def test_sizes_are_those_of_a_torch_tensor(item: Parameter) -> None:
-    """`numel` and `nbytes` are torch's."""
-    tensor = torch.empty(item.shape, dtype=item.dtype)
+    """`numel` and `nbytes` are torch's, of what the server keeps."""
+    tensor = torch.empty(item.shape, dtype=item.server_dtype)
     assert (item.numel, item.nbytes) == (tensor.numel(), tensor.nbytes)
     assert item.numel == math.prod(item.shape)
 
@@ -342,7 +402,10 @@ def test_sizes_are_those_of_a_torch_tensor(item: Parameter) -> None:
 def test_equal_layouts_do_not_differ(items: list[Parameter]) -> None:
     """Neither memory orders nor names that one side lacks make a difference."""
     job = list(enumerate(items))
-    worker = [(index, Parameter("", item.dtype, item.shape, tuple(reversed(item.memory_order)))) for index, item in job]
+    worker = [
+        (index, dataclasses.replace(item, name="", memory_order=tuple(reversed(item.memory_order))))
+        for index, item in job
+    ]
     assert first_difference(job, job) is None
     assert first_difference(job, worker) is None
     assert first_difference(worker, job) is None
@@ -373,6 +436,12 @@ JOB: Final = [(5, parameter(2, 3, name="w")), (6, parameter(3, name="b")), (7, p
             [JOB[0], (6, parameter(3, name="b", dtype=torch.float64)), JOB[2]],
             "parameter 6 (b): the job's dtype is torch.float32, the worker's torch.float64",
             id="dtype",
+        ),
+        pytest.param(
+            [JOB[0], (6, Parameter("b", torch.float32, (3,), (0,), torch.float64)), JOB[2]],
+            "parameter 6 (b): the job keeps its torch.float32 in torch.float32, the worker asks for torch.float64 "
+            "(ProxyOptions.master_dtype)",
+            id="master dtype",
         ),
         pytest.param(JOB[:2], "parameter 7 (scale) of shape [] is only the job's", id="too few"),
         pytest.param(

@@ -484,3 +484,90 @@ def test_a_staged_state_expects_only_what_it_has_room_for() -> None:
     assert staged.expects("exp_avg", bucket) == [True, False, True]
     assert staged.expects("exp_avg_sq", bucket) == [True, False, False]
     assert staged.expects("max_exp_avg_sq", bucket) == [False, False, False]
+
+
+MASTERED: Final = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)]
+
+
+def mastered_store(elements: torch.Tensor, master_dtype: torch.dtype) -> Store:
+    """A store with one parameter, kept in `master_dtype`, in several buckets."""
+    store = Store(torch.device("cpu"))
+    parameter = Parameter("", elements.dtype, tuple(elements.shape), (0,), master_dtype)
+    buckets = cut_buckets([(0, parameter)], group=0, first_id=0, bucket_bytes=MIN_BUCKET_BYTES)
+    store.add([parameter], buckets)
+    for bucket in buckets:
+        store.write_values(bucket, payload_of(bucket, everywhere(bucket), [elements]))
+    return store
+
+
+@pytest.mark.parametrize(("dtype", "master_dtype"), MASTERED)
+def test_masters_step_like_torchs_wide_parameters_and_are_read_rounded(
+    dtype: torch.dtype, master_dtype: torch.dtype
+) -> None:
+    """State is read as wide as it is kept, and counts as such."""
+    start = random_tensors(0, dtype, [(1000,)])[0]
+    adam = adam_of([start.to(master_dtype)], fused=True)
+    store = mastered_store(start, master_dtype)
+    assert store.value_bytes == 1000 * master_dtype.itemsize
+    for step in range(STEPS):
+        grad = random_tensors(100 + step, dtype, [(1000,)])[0]
+        step_torch(adam, [grad.to(master_dtype)])
+        step_store(store, [grad], adam.param_groups)
+    (value,) = values_of(adam)
+    assert content_of(store, PARAMETER, 0) == content_of_torch(value.detach().to(dtype))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert content_of(store, name, 0) == content_of_torch(adam.state[value][name])
+
+
+@pytest.mark.parametrize(("dtype", "master_dtype"), MASTERED)
+def test_a_rewritten_value_that_has_not_changed_keeps_the_masters_low_bits(
+    dtype: torch.dtype, master_dtype: torch.dtype
+) -> None:
+    """And one that has is taken over. What comes of it in the next step shows which it was."""
+    start = random_tensors(0, dtype, [(1000,)])[0]
+    adam = adam_of([start.to(master_dtype)], fused=True)
+    store = mastered_store(start, master_dtype)
+    grads = [random_tensors(100 + step, dtype, [(1000,)])[0] for step in range(2)]
+    step_torch(adam, [grads[0].to(master_dtype)])
+    step_store(store, [grads[0]], adam.param_groups)
+    (value,) = values_of(adam)
+    pushed = value.detach().to(dtype)
+    assert not torch.equal(pushed.to(master_dtype), value)
+    pushed[::7] = 3.0
+    with torch.no_grad():
+        value[::7] = 3.0
+    for bucket in store.buckets:
+        for position, piece in enumerate(bucket.slices):
+            store.rewrite_value(bucket, position, pushed[piece.offset : piece.end])
+    step_torch(adam, [grads[1].to(master_dtype)])
+    step_store(store, [grads[1]], adam.param_groups)
+    assert store._values[0].equal(value.detach())
+
+
+def test_rewriting_compares_bits() -> None:
+    """A NaN that is still one is no change; a zero that changed its sign, or is no longer tiny, is."""
+    low = 1e-9
+    kept = torch.tensor([float("nan"), -0.0, 0.0, 1.0 + low, 1.0 + low], dtype=torch.float64)
+    store = mastered_store(torch.zeros(5), torch.float64)
+    (bucket,) = store.buckets
+    store._values[0].copy_(kept)
+    store.rewrite_value(bucket, 0, torch.tensor([float("nan"), 0.0, 0.0, 1.0, 2.0]))
+    assert content_of_torch(store._values[0]) == content_of_torch(
+        torch.tensor([float("nan"), 0.0, 0.0, 1.0 + low, 2.0], dtype=torch.float64)
+    )
+
+
+def test_a_rewritten_value_without_a_master_is_the_one_that_was_pushed() -> None:
+    """Nothing is kept of what was there."""
+    start, pushed = random_tensors(0, torch.float32, [(100,), (100,)])
+    store = store_of([start])
+    store.rewrite_value(store.buckets[0], 0, pushed)
+    assert content_of(store, PARAMETER, 0) == content_of_torch(pushed)
+
+
+def test_values_that_are_written_anew_keep_nothing_of_the_memory_they_are_written_to() -> None:
+    """It is not initialised: what rounds to zero there must not pass for a master's low bits."""
+    store = mastered_store(torch.ones(64, dtype=torch.bfloat16), torch.float32)
+    store._values[0].fill_(1e-44)
+    store.write_values(store.buckets[0], torch.zeros(64, dtype=torch.bfloat16))
+    assert not store._values[0].any()

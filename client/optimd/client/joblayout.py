@@ -37,7 +37,7 @@ class JobLayout:
                 place = piece.parameter - start
                 if not 0 <= place < len(parameters) or piece.offset != ends[place]:
                     raise ValueError(f"bucket {bucket.bucket_id} does not fit the parameters")
-                if parameters[place].dtype != bucket.dtype:
+                if (parameters[place].dtype, parameters[place].master_dtype) != (bucket.dtype, bucket.master_dtype):
                     raise ValueError(f"bucket {bucket.bucket_id} has another dtype than its parameters")
                 ends[place] = piece.end
         if ends != [parameter.numel for parameter in parameters]:

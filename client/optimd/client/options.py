@@ -6,7 +6,10 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from optimd.client.exceptions import ConfigurationError
+from optimd.wire.dtypes import encode_dtype
 from optimd.wire.limits import MAX_BUCKET_BYTES, MIN_BUCKET_BYTES
 
 
@@ -71,6 +74,25 @@ class ProxyOptions:
     """When the server applies a push: each bucket as it arrives, or all of them when every worker has pushed. Auto:
     streaming with one worker, atomic with several."""
 
+    master_dtype: torch.dtype | None = None
+    """A real floating-point dtype, such as torch.float32, in which the server keeps values and state of the parameters
+    that are of a narrower one; parameters as wide or wider and complex ones are left as they are. Gradients are added
+    up in it, `state_dict` has it, and the worker's parameters are the master weights rounded. None: the parameters' own
+    dtypes. All workers of a job give the same. The master weights themselves are in no `state_dict`: a job that is
+    created anew starts from the rounded ones."""
+
+    max_grad_norm: float | None = None
+    """What the server scales a step's gradient down to where its norm, over all parameters, is larger, as
+    `torch.nn.utils.clip_grad_norm_` does; positive. The gradient is the one that the step is made with: reduced over
+    the workers, in the dtype that the server keeps. `StepReceipt.grad_norm` has the norm. Applies steps atomically.
+    None: no clipping. All workers of a job give the same."""
+
+    nonfinite: Literal["allow", "skip", "error"] = "allow"
+    """What becomes of a step whose gradient, reduced over the workers and not yet clipped, has an infinite element or a
+    NaN. Allow: it is applied, as in torch. Skip: nothing is changed, the job's step does not advance, and the receipts
+    say "skipped_nonfinite". Error: nothing is changed, and `step()` raises `NonFiniteGradientError` in every worker; it
+    can be called again. The last two apply steps atomically. All workers of a job give the same."""
+
     bucket_bytes: int | None = None
     """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
 
@@ -88,6 +110,7 @@ class ProxyOptions:
             )
         if self.apply not in ("auto", "streaming", "atomic"):
             raise ConfigurationError(f'ProxyOptions(apply={self.apply!r}): "auto", "streaming" or "atomic" is needed')
+        self._check_numerics()
         if self.bucket_bytes is not None and not MIN_BUCKET_BYTES <= self.bucket_bytes <= MAX_BUCKET_BYTES:
             raise ConfigurationError(
                 f"ProxyOptions(bucket_bytes={self.bucket_bytes}): {MIN_BUCKET_BYTES} to {MAX_BUCKET_BYTES} is needed"
@@ -96,3 +119,31 @@ class ProxyOptions:
             raise ConfigurationError(
                 f"ProxyOptions(retry_timeout_s={self.retry_timeout_s}): a positive number of seconds is needed"
             )
+
+    def _check_numerics(self) -> None:
+        if self.master_dtype is not None and not _can_be_master(self.master_dtype):
+            raise ConfigurationError(
+                f"ProxyOptions(master_dtype={self.master_dtype!r}): a real floating-point dtype that the wire carries "
+                "is needed, such as torch.float32"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigurationError(f"ProxyOptions(max_grad_norm={self.max_grad_norm}): a positive number is needed")
+        if self.nonfinite not in ("allow", "skip", "error"):
+            raise ConfigurationError(
+                f'ProxyOptions(nonfinite={self.nonfinite!r}): "allow", "skip" or "error" is needed'
+            )
+        if self.apply == "streaming" and (self.max_grad_norm is not None or self.nonfinite != "allow"):
+            raise ConfigurationError(
+                'ProxyOptions(apply="streaming"): max_grad_norm and nonfinite look at a whole step before any of it is '
+                'applied; leave apply at "auto", or choose "atomic"'
+            )
+
+
+def _can_be_master(dtype: object) -> bool:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return False
+    try:
+        encode_dtype(dtype)
+    except ValueError:
+        return False
+    return True

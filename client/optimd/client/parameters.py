@@ -8,12 +8,17 @@ from typing import Any
 import torch
 
 from optimd.wire.dtypes import encode_dtype
-from optimd.wire.layout import Bucket, Parameter
+from optimd.wire.layout import Bucket, Parameter, is_master_of
 from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over
 
 
-def describe(tensor: torch.Tensor, name: str) -> Parameter:
+def describe(tensor: torch.Tensor, name: str, master_dtype: torch.dtype | None = None) -> Parameter:
     """What the server needs to know of a parameter.
+
+    Args:
+        tensor: The parameter.
+        name: Its name, or nothing.
+        master_dtype: What the server is to keep it in, if it is of a narrower real floating-point type.
 
     Raises:
         ValueError: its dtype is not carried, or it has no data (the meta device).
@@ -21,15 +26,20 @@ def describe(tensor: torch.Tensor, name: str) -> Parameter:
     encode_dtype(tensor.dtype)
     if tensor.is_meta:
         raise ValueError("it is on the meta device and has no values")
-    return Parameter(name, tensor.dtype, tuple(tensor.shape), memory_order(tensor))
+    if master_dtype is not None and not is_master_of(master_dtype, tensor.dtype):
+        master_dtype = None
+    return Parameter(name, tensor.dtype, tuple(tensor.shape), memory_order(tensor), master_dtype)
 
 
-def describe_groups(groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Parameter]:
+def describe_groups(
+    groups: Sequence[Mapping[str, Any]], first: int = 0, *, master_dtype: torch.dtype | None = None
+) -> list[Parameter]:
     """Describes the parameters of torch's param_groups, in order.
 
     Args:
         groups: The groups.
         first: The index of their first parameter, for messages.
+        master_dtype: As in `describe`.
 
     Raises:
         ValueError: one of them cannot be held by a server; it is named.
@@ -38,7 +48,7 @@ def describe_groups(groups: Sequence[Mapping[str, Any]], first: int = 0) -> list
     for group in groups:
         for tensor, title in zip(group["params"], titles(group), strict=True):
             try:
-                described.append(describe(tensor, title))
+                described.append(describe(tensor, title, master_dtype))
             except ValueError as error:
                 index = first + len(described)
                 name = f"parameter {index} ({title})" if title else f"parameter {index}"
@@ -80,7 +90,7 @@ class FlatReader:
     """Reads slices of tensors as bytes. Consecutive slices of one tensor flatten it once.
 
     Args:
-        tensors: By parameter index; those that are read are not None.
+        tensors: By parameter index, all of one kind; those that are read are not None.
         parameters: The job's, by index.
     """
 
@@ -94,19 +104,23 @@ class FlatReader:
         self._index = -1
         self._bytes = memoryview(b"")
 
-    def parts(self, bucket: Bucket, present: Sequence[bool]) -> Iterator[memoryview]:
-        """The bytes of the bucket's present slices: views of the tensors where these are dense, else of copies."""
-        itemsize = bucket.dtype.itemsize
+    def parts(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> Iterator[memoryview]:
+        """The bytes of the bucket's present slices, in the dtype that tensors `kind` travel in.
+
+        Views of the tensors where these are dense and of that dtype, else of copies.
+        """
+        dtype = bucket.dtype_of(kind)
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:
-                yield self._whole(piece.parameter)[piece.offset * itemsize : piece.end * itemsize]
+                whole = self._whole(piece.parameter, dtype)
+                yield whole[piece.offset * dtype.itemsize : piece.end * dtype.itemsize]
 
-    def _whole(self, index: int) -> memoryview:
+    def _whole(self, index: int, dtype: torch.dtype) -> memoryview:
         if index != self._index:
             tensor = self._tensors[index]
             if tensor is None:
                 raise RuntimeError(f"parameter {index} has nothing to be read")
-            plain = tensor.detach().resolve_conj().resolve_neg()
+            plain = tensor.detach().resolve_conj().resolve_neg().to(dtype)
             flat = flatten(plain, self._parameters[index].memory_order).cpu().contiguous()
             self._index, self._bytes = index, bytes_of(flat)
         return self._bytes
@@ -130,17 +144,16 @@ class FlatWriter:
         self._copied: set[int] = set()
 
     @torch.no_grad()
-    def write(self, bucket: Bucket, present: Sequence[bool], payload: memoryview) -> None:
+    def write(self, kind: str, bucket: Bucket, present: Sequence[bool], payload: memoryview) -> None:
         """Writes the bucket's present slices, whose elements `payload` holds one after another.
 
         Raises:
-            ValueError: the payload has another length.
+            ValueError: the payload has another length than such tensors `kind`.
         """
-        if payload.nbytes != bucket.payload_bytes(present):
-            raise ValueError(
-                f"{payload.nbytes} bytes for bucket {bucket.bucket_id}, which takes {bucket.payload_bytes(present)}"
-            )
-        received = tensor_over(payload, bucket.dtype)
+        due = bucket.payload_bytes(kind, present)
+        if payload.nbytes != due:
+            raise ValueError(f"{payload.nbytes} bytes for {kind} of bucket {bucket.bucket_id}, which takes {due}")
+        received = tensor_over(payload, bucket.dtype_of(kind))
         start = 0
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:

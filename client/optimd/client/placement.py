@@ -25,6 +25,11 @@ _APPLY: Final = {
     "streaming": job_pb2.APPLY_MODE_STREAMING,
     "atomic": job_pb2.APPLY_MODE_ATOMIC,
 }
+_NONFINITE: Final = {
+    "allow": job_pb2.NON_FINITE_ALLOW,
+    "skip": job_pb2.NON_FINITE_SKIP,
+    "error": job_pb2.NON_FINITE_ERROR,
+}
 _REDUCTION: Final = {"mean": job_pb2.REDUCTION_MEAN, "sum": job_pb2.REDUCTION_SUM}
 
 # What the workers of one torchrun call their job on the server that only they can reach.
@@ -140,6 +145,8 @@ def place(
             ),
             apply=_APPLY[options.apply],
             bucket_bytes=options.bucket_bytes or 0,
+            max_grad_norm=options.max_grad_norm,
+            nonfinite=_NONFINITE[options.nonfinite],
         ),
     )
 

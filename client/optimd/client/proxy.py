@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import AccumulationLostError, ConfigurationError, JobMismatchError, OptimizerClosedError
+from optimd.client.masterstate import remembering_what_is_loaded, unrounded
 from optimd.client.options import ProxyOptions
 from optimd.client.parameters import describe_groups, gradients, refuse_shared_memory, titles
 from optimd.client.placement import names, place
@@ -28,6 +29,7 @@ from optimd.client.remotestate import RemoteState
 from optimd.client.session import Session
 from optimd.client.statetransfer import RemoteEntry
 from optimd.client.tracker import ParameterTracker
+from optimd.wire.layout import Parameter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,6 +57,8 @@ class OptimizerProxy(Optimizer):
     _tracker: ParameterTracker
     _finalizer: weakref.finalize[..., Any] | None
     _warned_of_disagreement: bool
+    _loading: Sequence[StateDict]
+    """While a state_dict is being loaded, what torch was given to load."""
     _state_here: dict[Any, Any] | None
     """The state, while it is in this process: where steps are made here, and for torch's methods to work on."""
     last_receipt: StepReceipt | None
@@ -65,6 +69,7 @@ class OptimizerProxy(Optimizer):
         optimizer = super().__new__(cls)
         optimizer._session = optimizer._finalizer = optimizer._state_here = optimizer.last_receipt = None
         optimizer._warned_of_disagreement = False
+        optimizer._loading = ()
         return optimizer
 
     def _connect(
@@ -79,7 +84,7 @@ class OptimizerProxy(Optimizer):
         options = options or ProxyOptions()
         self._requested = (server, options)
         tensors = self._tensors()
-        parameters = describe_groups(self.param_groups)
+        parameters = self._described(self.param_groups)
         refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
         placement = place(server, job, options, read_environment(), rule=self._rule, private=private)
         name = (placement.request.job, placement.request.worker_id)
@@ -235,7 +240,7 @@ class OptimizerProxy(Optimizer):
             if self._session is not None:
                 tensors, added = self._tensors(), group["params"]
                 refuse_shared_memory(tensors, [title for known in self.param_groups for title in titles(known)])
-                described = describe_groups([group], len(tensors) - len(added))
+                described = self._described([group], len(tensors) - len(added))
                 adopted = self._session.add_group(group, added, described)
                 if adopted is not None:
                     _adopt(group, adopted)
@@ -292,13 +297,15 @@ class OptimizerProxy(Optimizer):
         before = self.param_groups
         lives_here = self._state_here is not None
         try:
-            with self._having_state():
+            with self._having_state(), remembering_what_is_loaded(self) as self._loading:
                 _untraced(super().load_state_dict)(state_dict)
                 session.load(self.param_groups, self._entries_here(), force=force)
                 loaded = self.state
         except BaseException:
             self.param_groups = before
             raise
+        finally:
+            self._loading = ()
         if lives_here:
             self._state_here = loaded
         else:
@@ -329,9 +336,13 @@ class OptimizerProxy(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._session is not None:
-            # torch's load_state_dict, on its way.
+            # torch's load_state_dict, on its way: it has rounded what the server keeps in a master dtype.
             self._state_here = state["state"]
             super().__setstate__({key: value for key, value in state.items() if key != "state"})
+            for loaded in self._loading:
+                described = self._open_session().parameters
+                for parameter, entry in unrounded(loaded, self._tensors(), described, self._state_tensors):
+                    self.state[parameter].update(entry)
             return
         # A copy, or what comes out of a pickle: a job of its own with the same state.
         state = dict(state)
@@ -383,6 +394,9 @@ class OptimizerProxy(Optimizer):
 
     def _tensors(self) -> list[torch.Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _described(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Parameter]:
+        return describe_groups(groups, first, master_dtype=self._requested[1].master_dtype)
 
     def _check_step(self, group: Mapping[str, Any], tensor: torch.Tensor, entry: Mapping[str, Any] | None) -> None:
         """Raises what torch's own step would raise.
@@ -454,7 +468,7 @@ class OptimizerProxy(Optimizer):
             raise AccumulationLostError(
                 "the parameters were replaced while the server holds gradients of them; call zero_grad() first"
             )
-        described = describe_groups(self.param_groups)
+        described = self._described(self.param_groups)
         refuse_shared_memory(tensors, [parameter.name for parameter in described])
         carried = self._tracker.carried(tensors, described, session.parameters)
         if self._state_here is None:
@@ -476,7 +490,7 @@ class OptimizerProxy(Optimizer):
         for index, entry in states.items():
             parameter = session.parameters[index]
             if any(
-                tensor.dtype != parameter.dtype or tuple(tensor.shape) != parameter.shape
+                tensor.dtype != parameter.server_dtype or tuple(tensor.shape) != parameter.shape
                 for tensor in entry.tensors.values()
             ):
                 self._refuse_state(index, {"step": torch.tensor(entry.step), **entry.tensors})
@@ -498,13 +512,9 @@ class OptimizerProxy(Optimizer):
         return [(tensor, group) for group in self.param_groups for tensor in group["params"]]
 
     def _content(self) -> dict[Any, Any]:
-        """The whole state, as plain dicts."""
-        content = {}
-        for key, entry in self.state.items():
-            plain = entry.copy() if isinstance(entry, dict) else entry
-            if plain or not isinstance(key, torch.Tensor):
-                content[key] = plain
-        return content
+        """The whole state, in plain dicts."""
+        state = self.state
+        return state.snapshot() if isinstance(state, RemoteState) else dict(state)
 
     def _fetch(self, indices: Sequence[int] = ()) -> dict[int, dict[str, Any]]:
         """The remote state of parameters in torch's form, by index: all of them where none is named."""

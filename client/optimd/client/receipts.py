@@ -16,11 +16,12 @@ class StepReceipt:
     """This worker's step counter, from 0."""
 
     step: int
-    """The job step that the gradients went into: the number of committed steps, this one included."""
+    """The job step that the gradients went into: the number of committed steps, this one included. Where nothing was
+    applied, the job's last step, as before."""
 
     outcome: str
-    """What became of the gradients: "applied", or "skipped_nonfinite" where they were not finite: nothing of them was
-    applied."""
+    """What became of the gradients: "applied", or "skipped_nonfinite" where nothing of them was applied because they,
+    or the step's gradient (`ProxyOptions.nonfinite`), were not finite."""
 
     contributors: tuple[int, ...]
     """The ranks whose gradients are in the step, ascending."""
@@ -30,6 +31,10 @@ class StepReceipt:
 
     hyperparameters_disagreed: bool
     """Whether contributors had different param_groups. Those of the lowest rank held."""
+
+    grad_norm: float | None
+    """The norm of the reduced gradient before it was clipped; None without `ProxyOptions.max_grad_norm`, and where the
+    step was skipped."""
 
     pushed_differently: tuple[int, ...]
     """The indices of parameters for which workers pushed different values or states, which they had changed outside of
@@ -52,6 +57,7 @@ class StepReceipt:
             contributors=tuple(message.contributors),
             partial_contributors=tuple(message.partial_contributors),
             hyperparameters_disagreed=message.hyperparameters_disagreed,
+            grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
             pushed_differently=tuple(message.pushed_differently),
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,

@@ -331,6 +331,24 @@ class RemoteState(MutableMapping[Any, Any]):
         """A dict of all entries."""
         return dict(self.items())
 
+    def snapshot(self) -> dict[Any, Any]:
+        """The whole state in plain dicts, edits included, of which nothing is kept here. Fetched in one call."""
+        cache = self._cache
+        fetched = self._fetch(())
+        content: dict[Any, Any] = {}
+        for index, tensor in enumerate(cache.known):
+            entry = cache.entries.get(tensor)
+            if entry is not None and entry.is_fresh:
+                plain = entry.copy()
+            else:
+                own = {} if tensor in cache.removed else fetched.get(index, {})
+                plain = {**own, **cache.foreign.get(tensor, {})}
+            if plain:
+                content[tensor] = plain
+        unknown = (tensor for tensor, entry in cache.entries.items() if entry and cache.index(tensor) is None)
+        content.update((tensor, cache.entries[tensor].copy()) for tensor in unknown)
+        return {**content, **cache.others}
+
     def items(self) -> ItemsView[Any, Any]:
         """All entries, fetched in one call."""
         self._fetch_all()
@@ -374,7 +392,7 @@ def _digest(tensor: torch.Tensor) -> tuple[int, int]:
         flat = torch.view_as_real(flat).view(-1)
     integers = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()])
     total = weighted = 0
-    for place, part in enumerate(torch.split(integers, _PART)):
+    for place, part in enumerate(torch.split(integers, _PART) if len(integers) else ()):
         wide = part.to(torch.int64)
         total += int(wide.sum())
         # What only changes places is seen too; the products wrap around.

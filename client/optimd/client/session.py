@@ -30,7 +30,7 @@ from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state,
 from optimd.client.translation import exception_of
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import PARAMETER
+from optimd.wire.kinds import PARAMETER, encode_kind
 from optimd.wire.layout import Bucket, Parameter, decode_parameter, encode_parameter, unpack_present
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import decode_group, encode_group
@@ -51,6 +51,8 @@ class JobRequest:
     aggregation: job_pb2.Aggregation
     apply: job_pb2.ApplyMode
     bucket_bytes: int
+    max_grad_norm: float | None
+    nonfinite: job_pb2.NonFinite
 
 
 class Session:
@@ -201,6 +203,8 @@ class Session:
                     bucket_bytes=request.bucket_bytes,
                     private=request.private,
                     client_version=version("optimd"),
+                    max_grad_norm=request.max_grad_norm,
+                    nonfinite=request.nonfinite,
                 )
             )
         )
@@ -485,9 +489,11 @@ class Session:
     # --- all of the above
 
     def _write(self, writer: FlatWriter, header: tensor_pb2.TensorBucket, payload: memoryview) -> None:
+        if header.kind != encode_kind(PARAMETER):
+            raise ProtocolError(f"the server at {self.address} sent tensor kind {header.kind} where values were due")
         try:
             bucket = self._layout.bucket(header.bucket_id)
-            writer.write(bucket, unpack_present(header.present, len(bucket.slices)), payload)
+            writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload)
         except ValueError as error:
             raise ProtocolError(f"the server at {self.address} sent a bucket that does not fit: {error}") from error
 

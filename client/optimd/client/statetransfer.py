@@ -30,7 +30,7 @@ class RemoteEntry:
 def bucket_message(kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader) -> bytes:
     """A `TrainRequest` that carries one kind of tensor of a bucket's present slices."""
     header = tensor_pb2.TensorBucket(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
-    return encode(training_pb2.TrainRequest(bucket=header), reader.parts(bucket, present))
+    return encode(training_pb2.TrainRequest(bucket=header), reader.parts(kind, bucket, present))
 
 
 def read_state(
@@ -75,8 +75,8 @@ def read_state(
             present = unpack_present(message.bucket.present, len(bucket.slices))
             for piece, here in zip(bucket.slices, present, strict=True):
                 if here and piece.parameter not in tensors[kind]:
-                    tensors[kind][piece.parameter] = _empty(layout.parameters[piece.parameter])
-            writers[kind].write(bucket, present, frame.payload)
+                    tensors[kind][piece.parameter] = _empty(layout.parameters[piece.parameter], kind)
+            writers[kind].write(kind, bucket, present, frame.payload)
         except (KeyError, ValueError) as error:
             raise ProtocolError(f"the server at {connection.address} sent state that does not fit: {error}") from error
     for writer in writers.values():
@@ -88,8 +88,8 @@ def read_state(
     return entries, values
 
 
-def _empty(parameter: Parameter) -> torch.Tensor:
-    flat = torch.empty(parameter.numel, dtype=parameter.dtype)
+def _empty(parameter: Parameter, kind: str) -> torch.Tensor:
+    flat = torch.empty(parameter.numel, dtype=parameter.dtype_of(kind))
     return unflatten(flat, torch.Size(parameter.shape), parameter.memory_order)
 
 
@@ -101,7 +101,7 @@ def state_messages(
     Args:
         layout: What the worker knows of the job.
         groups: All param_groups.
-        entries: The state of the parameters that have one.
+        entries: The state of the parameters that have one; it travels in the dtype that the server keeps.
     """
     for page, _ in paginate(groups):
         yield _page(state_dict_pb2.StateDictPage(param_groups=page))

@@ -10,7 +10,7 @@ from optimd.wire.layout import Bucket
 
 
 class GradientAccumulator:
-    """One bucket's gradients, added up on the server's device as they arrive.
+    """One bucket's gradients, added up as they arrive, on the server's device and in the dtype that it keeps.
 
     Its memory is taken with the first contribution and kept for the steps that follow. Not thread-safe.
 
@@ -24,10 +24,12 @@ class GradientAccumulator:
         self._device = device
         self._lengths = [piece.length for piece in bucket.slices]
         self._sum: torch.Tensor | None = None
+        self._reduced = False
         self.present = [False] * len(bucket.slices)
 
     def clear(self) -> None:
         """Forgets what was added, not the memory it took."""
+        self._reduced = False
         self.present = [False] * len(self._bucket.slices)
 
     def add(self, payload: torch.Tensor, present: Sequence[bool]) -> None:
@@ -37,9 +39,9 @@ class GradientAccumulator:
             payload: The elements of the present slices, flat, on the CPU. Only read.
             present: For each slice whether the worker has a gradient for it.
         """
-        payload = payload.to(self._device)
+        payload = payload.to(device=self._device, dtype=self._bucket.server_dtype)
         if self._sum is None:
-            self._sum = torch.empty(sum(self._lengths), dtype=self._bucket.dtype, device=self._device)
+            self._sum = torch.empty(sum(self._lengths), dtype=self._bucket.server_dtype, device=self._device)
         if all(present) and not any(self.present):
             self._sum.copy_(payload)
         elif all(present) and all(self.present):
@@ -56,26 +58,30 @@ class GradientAccumulator:
     def packed(self) -> torch.Tensor:
         """The sum of the slices that anybody had a gradient for, flat, as a payload holds them."""
         if self._sum is None:
-            return torch.empty(0, dtype=self._bucket.dtype, device=self._device)
+            return torch.empty(0, dtype=self._bucket.server_dtype, device=self._device)
         if all(self.present):
             return self._sum
         pieces = torch.split(self._sum, self._lengths)
         return torch.cat([piece for piece, here in zip(pieces, self.present, strict=True) if here])
 
     def reduced(self, divisor: int) -> list[torch.Tensor]:
-        """The gradients of the slices that anybody had one for, divided by `divisor`. Views of the sum's memory."""
+        """The gradients of the slices that anybody had one for, divided by `divisor`. Views of the sum's memory.
+
+        Only the first call divides: what is reduced stays so, whatever is done to it since, until `clear`.
+        """
         if self._sum is None:
             return []
-        if divisor != 1:
+        if divisor != 1 and not self._reduced:
             self._sum.div_(divisor)
+        self._reduced = True
         pieces = torch.split(self._sum, self._lengths)
         return [piece for piece, here in zip(pieces, self.present, strict=True) if here]
 
     def slice(self, position: int) -> torch.Tensor:
-        """The gradient of one slice, as `reduced` left it; zeros where nobody had one."""
+        """The gradient of one slice, a view of the sum's memory as `reduced` left it; zeros where nobody had one."""
         length = self._lengths[position]
         if self._sum is None or not self.present[position]:
-            return torch.zeros(length, dtype=self._bucket.dtype, device=self._device)
+            return torch.zeros(length, dtype=self._bucket.server_dtype, device=self._device)
         start = sum(self._lengths[:position])
         return self._sum[start : start + length]
 

@@ -45,7 +45,17 @@ class Abandon:
     lost: tuple[Worker, ...]
 
 
-Decision = ApplyBucket | Commit | Abandon
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """The open step ends without a commit: nothing of it is applied, and all of its pushes are answered."""
+
+    step: int
+    """The number of committed steps, as it was before."""
+    pushes: tuple[Worker, ...]
+    """Whose pushes end with it, in order of rank."""
+
+
+Decision = ApplyBucket | Commit | Abandon | Skip
 
 
 class SyncAggregator:

@@ -43,22 +43,24 @@ def values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
 
 def receipt(sequence: int, round_: Round) -> bytes:
     """What became of the push of that number in a round that is over."""
-    commit = round_.commit
-    if commit is None:
-        raise RuntimeError("a step without a commit has no receipt")
-    return encode(
-        training_pb2.TrainResponse(
-            receipt=training_pb2.StepReceipt(
-                sequence=sequence,
-                step=commit.step,
-                outcome=training_pb2.STEP_OUTCOME_APPLIED,
-                contributors=[worker.rank for worker in commit.contributors],
-                partial_contributors=[worker.rank for worker in commit.partial_contributors],
-                hyperparameters_disagreed=round_.disagreed,
-                pushed_differently=sorted(round_.pushed.differing)[:_MOST_NAMED],
-            )
+    if round_.skipped is not None:
+        answer = training_pb2.StepReceipt(
+            sequence=sequence, step=round_.skipped.step, outcome=training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE
         )
-    )
+    elif round_.commit is not None:
+        answer = training_pb2.StepReceipt(
+            sequence=sequence,
+            step=round_.commit.step,
+            outcome=training_pb2.STEP_OUTCOME_APPLIED,
+            contributors=[worker.rank for worker in round_.commit.contributors],
+            partial_contributors=[worker.rank for worker in round_.commit.partial_contributors],
+            hyperparameters_disagreed=round_.disagreed,
+            grad_norm=round_.grad_norm,
+            pushed_differently=sorted(round_.pushed.differing)[:_MOST_NAMED],
+        )
+    else:
+        raise RuntimeError("a step that was neither committed nor skipped has no receipt")
+    return encode(training_pb2.TrainResponse(receipt=answer))
 
 
 def decode_options(group: param_group_pb2.ParamGroup) -> dict[str, Any]:

@@ -101,13 +101,13 @@ def read_bucket(
         present = unpack_present(header.present, len(bucket.slices))
     except ValueError as error:
         raise InvalidFieldError("TensorBucket", str(error)) from error
-    due = bucket.payload_bytes(present)
+    due = bucket.payload_bytes(kind, present)
     if frame.payload.nbytes != due:
         raise InvalidFieldError(
             "TrainRequest.payload",
             f"{frame.payload.nbytes} bytes; the {kind} of bucket {bucket.bucket_id} takes {due}",
         )
-    return kind, bucket, present, tensor_over(frame.payload, bucket.dtype)
+    return kind, bucket, present, tensor_over(frame.payload, bucket.dtype_of(kind))
 
 
 class SplitParameters:

@@ -46,6 +46,8 @@ class JobSettings:
 
     world_size: int
     reduction: Literal["mean", "sum"]
+    max_grad_norm: float | None = None
+    nonfinite: Literal["allow", "skip", "error"] = "allow"
     apply: Literal["streaming", "atomic"]
     bucket_bytes: int
     timeout_s: float
@@ -545,9 +547,10 @@ class Job:
             self._contribute_locked(member.worker, bucket, *member.held.take(bucket, present, payload))
 
     def end(self, member: Member, round_: Round) -> None:
-        """A worker has pushed all it had; commits the step if it was the last. Waits for readers.
+        """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.
 
         Raises:
+            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
             UpdateRefusedError: torch refuses the update.
             LimitExceededError: the device has no memory left for it.
             OutOfOrderError: the worker's line is down.
@@ -564,7 +567,7 @@ class Job:
             self._settle_locked(self._aggregator.end(member.worker), step)
 
     def await_progress(self, member: Member, round_: Round, seen: int) -> int:
-        """Waits until more than `seen` buckets are applied or the step is committed.
+        """Waits until more than `seen` buckets are applied or the step is committed or skipped.
 
         Returns:
             How many buckets are applied.
@@ -572,6 +575,7 @@ class Job:
         Raises:
             StepTimeoutError: nothing happened for `timeout_s`.
             UpdateRefusedError: torch refused the step.
+            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
             JobDeletedError: the job went away.
         """
         with self._changed:
@@ -763,10 +767,17 @@ class Job:
             member.held.forget()
 
     def _new_stepper(self) -> Stepper:
-        return Stepper(self.name, self.store, self._members, mean=self.settings.reduction == "mean")
+        return Stepper(
+            self.name,
+            self.store,
+            self._members,
+            mean=self.settings.reduction == "mean",
+            max_grad_norm=self.settings.max_grad_norm,
+            nonfinite=self.settings.nonfinite,
+        )
 
     def _settle_locked(self, decisions: Sequence[Decision], step: int) -> None:
-        """Carries decisions out and makes a committed step the job's. `step` were committed before."""
+        """Carries decisions out and makes what became of a step the job's. `step` were committed before."""
         try:
             round_ = self._stepper.carry_out(decisions)
         except Exception:
@@ -780,6 +791,10 @@ class Job:
                 record = self._record_locked(worker.worker_id)
                 record.next_sequence += 1
                 record.pushes += 1
+        if round_ is not None and round_.skipped is not None:
+            self._aggregator.forget_step(round_.skipped.step)
+            for worker in round_.skipped.pushes:
+                self._record_locked(worker.worker_id).next_sequence += 1
 
     def _take_back_growth_locked(self) -> None:
         """The worker that was uploading is gone: what it had added without its values goes with it."""
@@ -876,7 +891,7 @@ class Job:
 
     def _dtypes_of_locked(self, group: int) -> set[torch.dtype]:
         first = sum(self.group_sizes[:group])
-        return {parameter.dtype for parameter in self.store.parameters[first : first + self.group_sizes[group]]}
+        return {parameter.server_dtype for parameter in self.store.parameters[first : first + self.group_sizes[group]]}
 
     def _check_free_locked(self, newcomer: Worker) -> None:
         for worker in self._members:

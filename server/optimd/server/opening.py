@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from optimd.server import update
 from optimd.server.aggregation import Worker
@@ -18,6 +18,13 @@ from optimd.wire.param_groups import decode_group, rule_of
 
 _PARAMETER_OVERHEAD_BYTES: Final = 2048
 """What a parameter takes besides its elements, about: its views, counters and places."""
+
+_NONFINITE: Final[dict[int, Literal["allow", "skip", "error"]]] = {
+    job_pb2.NON_FINITE_UNSPECIFIED: "allow",
+    job_pb2.NON_FINITE_ALLOW: "allow",
+    job_pb2.NON_FINITE_SKIP: "skip",
+    job_pb2.NON_FINITE_ERROR: "error",
+}
 
 
 @dataclass(slots=True)
@@ -91,12 +98,23 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
         job_pb2.APPLY_MODE_ATOMIC,
     ):
         raise InvalidFieldError("OpenJob.apply", "must be auto, streaming or atomic")
+    max_grad_norm = message.max_grad_norm if message.HasField("max_grad_norm") else None
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise InvalidFieldError("OpenJob.max_grad_norm", f"{max_grad_norm} is not a positive number")
+    nonfinite = _NONFINITE.get(message.nonfinite)
+    if nonfinite is None:
+        raise InvalidFieldError("OpenJob.nonfinite", "must be allow, skip or error")
+    whole = max_grad_norm is not None or nonfinite != "allow"
+    if whole and message.apply == job_pb2.APPLY_MODE_STREAMING:
+        raise InvalidFieldError(
+            "OpenJob.apply", "must not be streaming where max_grad_norm or nonfinite looks at a whole step"
+        )
     bucket_bytes = message.bucket_bytes or DEFAULT_BUCKET_BYTES
     if not MIN_BUCKET_BYTES <= bucket_bytes <= MAX_BUCKET_BYTES:
         raise InvalidFieldError(
             "OpenJob.bucket_bytes", f"{bucket_bytes} is not between {MIN_BUCKET_BYTES} and {MAX_BUCKET_BYTES}"
         )
-    automatic = message.apply == job_pb2.APPLY_MODE_AUTO
+    automatic = message.apply == job_pb2.APPLY_MODE_AUTO and not whole
     return Opening(
         job=job,
         worker=Worker(message.worker.rank, worker_id),
@@ -112,6 +130,8 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
             timeout_s=sync.timeout_s,
             join_timeout_s=sync.join_timeout_s,
             private=message.private,
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
         ),
     )
 

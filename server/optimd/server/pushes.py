@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from optimd.server.answers import decode_options, receipt, refusal, values
-from optimd.server.errors import AccumulationLostError, InvalidFieldError, UpdateRefusedError
+from optimd.server.errors import AccumulationLostError, InvalidFieldError, NonFiniteGradientError, UpdateRefusedError
 from optimd.server.incoming import Incoming, SplitParameters, read_bucket
 from optimd.server.job import Job
 from optimd.server.membership import Member
@@ -59,14 +59,19 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
         for applied, slices in round_.applied[sent:]:
             yield values(job, job.store.buckets[applied], slices)
             sent += 1
-    job.end(member, round_)
-    while True:
-        count = job.await_progress(member, round_, sent)
-        for applied, slices in round_.applied[sent:count]:
-            yield values(job, job.store.buckets[applied], slices)
-        sent = count
-        if round_.commit is not None and sent == len(round_.applied):
-            break
+    try:
+        job.end(member, round_)
+        while True:
+            count = job.await_progress(member, round_, sent)
+            for applied, slices in round_.applied[sent:count]:
+                yield values(job, job.store.buckets[applied], slices)
+            sent = count
+            if round_.is_answered and sent == len(round_.applied):
+                break
+    except NonFiniteGradientError as error:
+        # Found out before anything was applied: the same push is due again.
+        yield refusal(error)
+        return
     yield receipt(begin.sequence, round_)
 
 

@@ -10,14 +10,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from optimd.server import update
+from optimd.server import clipping, update
 from optimd.server.accumulator import GradientAccumulator
-from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Worker
-from optimd.server.errors import LimitExceededError, UpdateRefusedError
+from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Skip, Worker
+from optimd.server.errors import LimitExceededError, NonFiniteGradientError, UpdateRefusedError
 from optimd.server.membership import Member, disagree, speaker
 from optimd.server.pushed import PushedContent
 from optimd.server.store import Store
@@ -30,7 +30,7 @@ _NAMED_IN_LOG = 10
 
 @dataclass(slots=True)
 class Round:
-    """One step of a job, from its first push to its commit. Guarded by the job's lock.
+    """One step of a job, from its first push to its end. Guarded by the job's lock.
 
     `applied` only grows, so that a stream may read it without the lock up to a length that it was told under it.
     """
@@ -45,14 +45,23 @@ class Round:
     applied: list[tuple[int, list[bool]]] = field(default_factory=list)
     """The buckets of which a worker has to hear, and which of their slices. One may come twice."""
     commit: Commit | None = None
+    skipped: Skip | None = None
+    """Set where the round ended without a commit and its pushes are answered nevertheless."""
+    grad_norm: float | None = None
+    """The norm of the reduced gradient before it was clipped, where the job clips."""
     disagreed: bool = False
     abandoned: bool = False
     failure: Exception | None = None
 
     @property
+    def is_answered(self) -> bool:
+        """Whether its pushes have become what their receipts say."""
+        return self.commit is not None or self.skipped is not None
+
+    @property
     def is_over(self) -> bool:
         """Whether nothing more will happen in it."""
-        return self.commit is not None or self.abandoned or self.failure is not None
+        return self.is_answered or self.abandoned or self.failure is not None
 
 
 class Stepper:
@@ -63,6 +72,8 @@ class Stepper:
         store: The job's tensors.
         members: The job's live workers: the job's own dict, of which this sees every change.
         mean: Whether contributions are averaged or summed.
+        max_grad_norm: What norm a step's gradient is scaled down to. Needs atomic steps.
+        nonfinite: What becomes of a step whose gradient is not finite. "skip" and "error" need atomic steps.
     """
 
     def __init__(
@@ -72,11 +83,15 @@ class Stepper:
         members: Mapping[Worker, Member],
         *,
         mean: bool,
+        max_grad_norm: float | None = None,
+        nonfinite: Literal["allow", "skip", "error"] = "allow",
     ) -> None:
         self._job = job
         self._store = store
         self._members = members
         self._mean = mean
+        self._max_grad_norm = max_grad_norm
+        self._nonfinite = nonfinite
         self._round: Round | None = None
         self._accumulators: dict[int, GradientAccumulator] = {}
         # Complete buckets whose kernel needs whole parameters: applied with the step's last push.
@@ -123,24 +138,78 @@ class Stepper:
 
         Raises:
             UpdateRefusedError: torch refuses an update; the round has failed for all its workers.
+            NonFiniteGradientError: a gradient is not finite and the job refuses that; the round has failed likewise.
         """
         round_ = self._round
         if round_ is None or not decisions:
             return None
         with self._failing_together():
-            for decision in decisions:
+            for decision in self._examined(round_, decisions):
                 match decision:
                     case ApplyBucket(bucket_id=bucket_id, contributors=contributors):
                         self._apply_accumulated(self._store.buckets[bucket_id], contributors)
                     case Commit():
                         self._commit(round_, decision)
+                    case Skip():
+                        self._skip(round_, decision)
                     case Abandon(lost=lost):
                         self._abandon(round_, lost)
         return round_ if round_.is_over else None
 
+    def _examined(self, round_: Round, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """Looks at a complete step's whole gradient, if the job asks for that, before any of it is applied.
+
+        Returns:
+            The decisions, whose buckets are clipped now; or that the step is skipped, in their place.
+
+        Raises:
+            NonFiniteGradientError: the gradient is not finite and the job refuses that.
+        """
+        commits = [decision for decision in decisions if isinstance(decision, Commit)]
+        if not commits or (self._max_grad_norm is None and self._nonfinite == "allow"):
+            return decisions
+        for decision in decisions:
+            if isinstance(decision, ApplyBucket):
+                self._reduced(self._store.buckets[decision.bucket_id], decision.contributors)
+        grads = dict(self._whole_gradients())
+        # One look at all of them, since it waits for the device; which one it is matters only then.
+        if self._nonfinite != "allow" and not clipping.is_finite([piece for each in grads.values() for piece in each]):
+            at_fault = next(index for index, pieces in grads.items() if not clipping.is_finite(pieces))
+            return [self._refuse_nonfinite(commits[0], at_fault)]
+        if self._max_grad_norm is not None:
+            norm = clipping.total_norm(list(grads.values()))
+            round_.grad_norm = float(norm)
+            clipping.clip_(list(grads.values()), self._max_grad_norm, norm)
+        return decisions
+
+    def _whole_gradients(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """The reduced gradients, as they lie in the accumulators: by parameter that has one its slices'."""
+        for index, parameter in enumerate(self._store.parameters):
+            places = [
+                (self._accumulators.get(bucket_id), position) for bucket_id, position in self._store.places(index)
+            ]
+            if any(accumulator is not None and accumulator.present[position] for accumulator, position in places):
+                pieces = [
+                    self._accumulator(self._store.buckets[bucket_id]).slice(position)
+                    for bucket_id, position in self._store.places(index)
+                ]
+                # torch scales a 0-dim tensor by rules of promotion of its own.
+                yield index, pieces if parameter.shape else [pieces[0].view(())]
+
+    def _refuse_nonfinite(self, commit: Commit, index: int) -> Skip:
+        title = self._store.parameters[index].title(index)
+        problem = f"the gradient of {title} for step {commit.step} has an infinite element or a NaN"
+        if self._nonfinite == "error":
+            raise NonFiniteGradientError(f"{problem}; nothing was applied")
+        _log.warning("job %s: %s; the step is skipped", self._job, problem)
+        return Skip(commit.step - 1, commit.contributors)
+
+    def _reduced(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> list[torch.Tensor]:
+        return self._accumulator(bucket).reduced(len(contributors) if self._mean else 1)
+
     def _apply_accumulated(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> None:
         accumulator = self._accumulator(bucket)
-        grads = accumulator.reduced(len(contributors) if self._mean else 1)
+        grads = self._reduced(bucket, contributors)
         if self._splits_freely(bucket, contributors):
             self._apply(bucket, contributors, accumulator.present, grads)
             accumulator.clear()
@@ -206,6 +275,10 @@ class Stepper:
         for bucket_id in sorted(left):
             count = len(self._store.buckets[bucket_id].slices)
             round_.applied.append((bucket_id, [position in left[bucket_id] for position in range(count)]))
+
+    def _skip(self, round_: Round, skip: Skip) -> None:
+        round_.skipped = skip
+        self._forget()
 
     def _settle_torn_parameters(self, commit: Commit) -> None:
         """Brings parameters to one step of which a lost worker's push, and nobody else's, reached some slices only."""
@@ -278,7 +351,7 @@ class Stepper:
 
     def _splits_freely(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> bool:
         options = self._settle(contributors).groups[bucket.group]
-        return update.is_split_invariant(options, bucket.dtype)
+        return update.is_split_invariant(options, bucket.server_dtype)
 
     def _accumulator(self, bucket: Bucket) -> GradientAccumulator:
         accumulator = self._accumulators.get(bucket.bucket_id)

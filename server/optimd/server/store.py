@@ -2,14 +2,15 @@
 
 Shapes: every tensor here is 1-D (`flat`), with a parameter's elements in the job's memory order. A bucket's tensors
 are views of these, one for each slice, so that an update of a bucket works in place and neighbouring slices never
-share a view.
+share a view. Values and state are kept in the parameter's `server_dtype`: where it has a master dtype, its values are
+its master weights, which are rounded where they are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -17,6 +18,9 @@ from optimd.server import update
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, Parameter
 from optimd.wire.tensors import bytes_of
+
+# Integers of the sizes of the dtypes that can have a master.
+_BITS: Final = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(slots=True)
@@ -71,7 +75,7 @@ class Store:
         """
         for parameter in parameters:
             self.parameters.append(parameter)
-            self._values.append(torch.empty(parameter.numel, dtype=parameter.dtype, device=self.device))
+            self._values.append(torch.empty(parameter.numel, dtype=parameter.server_dtype, device=self.device))
             self._state.append(ParameterState())
             self._places.append([])
         for bucket in buckets:
@@ -103,10 +107,32 @@ class Store:
         for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
             view.copy_(piece)
 
-    def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
-        """The bytes of a bucket's present slices of one kind of tensor.
+    def rewrite_value(self, bucket: Bucket, position: int, elements: torch.Tensor) -> None:
+        """Sets the values of one slice to what a worker has made of them.
 
-        On a CPU these are views of the store's memory: they show what the store holds when they are read.
+        A master weight that already rounds to the worker's element keeps its low bits: the worker has left it alone, or
+        could not have seen the difference.
+
+        Args:
+            bucket: One of the store's.
+            position: The slice's position in it.
+            elements: The slice's elements, flat, in the bucket's dtype, on any device.
+        """
+        view = self._views[bucket.bucket_id].values[position]
+        elements = elements.to(self.device)
+        if bucket.master_dtype is None:
+            view.copy_(elements)
+            return
+        bits = _BITS[bucket.dtype.itemsize]
+        # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
+        unchanged = view.to(bucket.dtype).view(bits) == elements.view(bits)
+        view.copy_(torch.where(unchanged, view, elements.to(bucket.master_dtype)))
+
+    def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
+        """The bytes of a bucket's present slices of one kind of tensor, in the dtype that it travels in.
+
+        On a CPU these are views of the store's memory, unless they had to be converted: they show what the store holds
+        when they are read.
 
         Args:
             kind: `PARAMETER` or a key of the state.
@@ -120,7 +146,7 @@ class Store:
                     self._values[piece.parameter] if kind == PARAMETER else self._state[piece.parameter].tensors[kind]
                 )
                 part = whole[piece.offset : piece.end]
-                parts.append(bytes_of(part.cpu()))
+                parts.append(bytes_of(part.to(bucket.dtype_of(kind)).cpu()))
         return parts
 
     def apply(
@@ -135,24 +161,25 @@ class Store:
         Args:
             bucket: One of the store's.
             present: For each slice whether it has a gradient.
-            grads: The gradients of the present slices, flat, on any device.
+            grads: The gradients of the present slices, flat, on any device, in the bucket's dtype or in the server's.
             options: The options of the bucket's group.
 
         Raises:
             RuntimeError: torch refuses the options.
         """
-        reason = update.refusal(options, bucket.dtype, self.device)
+        dtype = bucket.server_dtype
+        reason = update.refusal(options, dtype, self.device)
         if reason is not None:
             raise RuntimeError(reason)
         views = self._views[bucket.bucket_id]
         names = update.state_names(options)
         for name in names:
             self._ensure_state(bucket, views, name, present)
-        self._place_steps(views, options, bucket.dtype)
+        self._place_steps(views, options, dtype)
         chosen = [position for position, here in enumerate(present) if here]
         update.update(
             [views.values[position] for position in chosen],
-            [grad.to(self.device) for grad in grads],
+            [grad.to(device=self.device, dtype=dtype) for grad in grads],
             {name: [views.state[name][position] for position in chosen] for name in names},
             [views.steps[position] for position in chosen],
             options,
@@ -163,13 +190,13 @@ class Store:
 
         Args:
             index: The parameter's index.
-            grads: The gradients of its slices in order of offset.
+            grads: The gradients of its slices in order of offset, in the dtype that the server keeps.
             options: The options of its group.
 
         Raises:
             RuntimeError: torch refuses the options.
         """
-        dtype = self.parameters[index].dtype
+        dtype = self.parameters[index].server_dtype
         entry = self._state[index]
         for name in update.state_names(options):
             if name not in entry.tensors:
@@ -231,7 +258,8 @@ class Store:
         """
         staged = StagedState(self)
         for index in values:
-            staged.values[index] = torch.empty_like(self._values[index])
+            parameter = self.parameters[index]
+            staged.values[index] = torch.empty(parameter.numel, dtype=parameter.dtype, device=self.device)
         for index, step, names in entries:
             value = self._values[index]
             staged.steps[index] = step
@@ -247,8 +275,11 @@ class Store:
             views.state.clear()
 
     def install_value(self, index: int, value: torch.Tensor) -> None:
-        """Sets the value of one parameter from its elements, flat, in place."""
-        self._values[index].copy_(value)
+        """Sets the value of one parameter from its elements, flat, in its own dtype, as `rewrite_value`."""
+        for bucket_id, position in self._places[index]:
+            bucket = self.buckets[bucket_id]
+            piece = bucket.slices[position]
+            self.rewrite_value(bucket, position, value[piece.offset : piece.end])
 
     def install_state(self, index: int, step: float, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replaces the state of one parameter. Without tensors it has none, as before its first update.
@@ -262,7 +293,7 @@ class Store:
         self.set_step(index, step)
         for bucket_id, position in self._places[index]:
             for views in self._views[bucket_id].state.values():
-                views[position] = torch.empty(0, dtype=self.buckets[bucket_id].dtype)
+                views[position] = torch.empty(0, dtype=self.buckets[bucket_id].server_dtype)
 
     def carry_state(self, index: int, other: Store, other_index: int) -> None:
         """Gives a parameter the state of an equal one of another store, which must not be used for it any more."""
@@ -273,7 +304,7 @@ class Store:
         known = views.state.get(name)
         # Views of parameters that have never had a gradient are empty placeholders, replaced when they get one.
         if known is None:
-            known = [torch.empty(0, dtype=bucket.dtype) for _ in bucket.slices]
+            known = [torch.empty(0, dtype=bucket.server_dtype) for _ in bucket.slices]
             views.state[name] = known
         for position, (piece, here) in enumerate(zip(bucket.slices, present, strict=True)):
             if not here or (known[position].numel() == piece.length and piece.length):

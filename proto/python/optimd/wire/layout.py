@@ -2,6 +2,9 @@
 
 A bucket is a list of (parameter, offset, length) slices of one group and one dtype: the unit of a message and of an
 update. The cut is the server's to make; its table travels to the workers, which need not know how it was made.
+
+A parameter may have a master dtype: a wider one in which the server keeps its value and its state, and in which its
+state travels. Values and gradients travel in the worker's own dtype.
 """
 
 from __future__ import annotations
@@ -9,12 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from optimd.v1 import tensor_pb2
 from optimd.wire.dtypes import decode_dtype, encode_dtype
+from optimd.wire.kinds import GRADIENT, PARAMETER
 from optimd.wire.limits import MAX_BUCKET_SLICES, MAX_NAME_BYTES, MAX_PARAMETER_DIMS, SLICE_ALIGNMENT
+
+_IN_OWN_DTYPE: Final = frozenset({PARAMETER, GRADIENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +32,13 @@ class Parameter:
     dtype: torch.dtype
     shape: tuple[int, ...]
     memory_order: tuple[int, ...]
+    master_dtype: torch.dtype | None = None
+    """What the server keeps it in, where that is wider than `dtype`."""
+
+    @property
+    def server_dtype(self) -> torch.dtype:
+        """What the server keeps its value and its state in."""
+        return self.master_dtype or self.dtype
 
     @property
     def numel(self) -> int:
@@ -33,12 +47,17 @@ class Parameter:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of its value."""
-        return self.numel * self.dtype.itemsize
+        """The number of bytes that its value takes on the server."""
+        return self.numel * self.server_dtype.itemsize
+
+    def dtype_of(self, kind: str) -> torch.dtype:
+        """What its tensor `kind` travels in: its value and its gradient in its own dtype, state in the server's."""
+        return self.dtype if kind in _IN_OWN_DTYPE else self.server_dtype
 
     def holds_like(self, other: Parameter) -> bool:
         """Whether its elements, in memory, are as many, as wide and in the same order as another's."""
-        return (self.dtype, self.shape, self.memory_order) == (other.dtype, other.shape, other.memory_order)
+        mine = (self.dtype, self.server_dtype, self.shape, self.memory_order)
+        return mine == (other.dtype, other.server_dtype, other.shape, other.memory_order)
 
     def title(self, index: int) -> str:
         """How a message to a person names it."""
@@ -67,16 +86,32 @@ class Bucket:
     group: int
     dtype: torch.dtype
     slices: tuple[Slice, ...]
+    master_dtype: torch.dtype | None = None
+    """That of its parameters."""
+
+    @property
+    def server_dtype(self) -> torch.dtype:
+        """What the server keeps its parameters' values and state in."""
+        return self.master_dtype or self.dtype
 
     @property
     def nbytes(self) -> int:
-        """The size of its payload when every slice is present."""
+        """The size of the payload that carries all of its values."""
         return sum(piece.length for piece in self.slices) * self.dtype.itemsize
 
-    def payload_bytes(self, present: Sequence[bool]) -> int:
-        """The size of its payload when only some slices are present."""
+    def dtype_of(self, kind: str) -> torch.dtype:
+        """What its parameters' tensors `kind` travel in, as `Parameter.dtype_of`."""
+        return self.dtype if kind in _IN_OWN_DTYPE else self.server_dtype
+
+    def payload_bytes(self, kind: str, present: Sequence[bool]) -> int:
+        """The size of the payload that carries the tensors `kind` of its present slices."""
         elements = sum(piece.length for piece, here in zip(self.slices, present, strict=True) if here)
-        return elements * self.dtype.itemsize
+        return elements * self.dtype_of(kind).itemsize
+
+
+def is_master_of(master_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a server can keep parameters of `dtype` in `master_dtype`: both real floating types, the master wider."""
+    return dtype.is_floating_point and master_dtype.is_floating_point and master_dtype.itemsize > dtype.itemsize
 
 
 def cut_buckets(
@@ -84,24 +119,24 @@ def cut_buckets(
 ) -> list[Bucket]:
     """Cuts the parameters of one group into buckets.
 
-    Slices follow the order of the parameters, dtype by dtype. A parameter larger than what is left of a bucket is
-    split at a multiple of `SLICE_ALIGNMENT` elements from its own start; small ones share a bucket. A parameter
-    without elements gets one slice of length 0: it has a step counter like any other.
+    Slices follow the order of the parameters, those of one dtype and master dtype together. A parameter larger than
+    what is left of a bucket is split at a multiple of `SLICE_ALIGNMENT` elements from its own start; small ones share a
+    bucket. A parameter without elements gets one slice of length 0: it has a step counter like any other.
 
     Args:
         parameters: The group's parameters with their indices.
         group: The group's index.
         first_id: The id of the first bucket.
-        bucket_bytes: The largest payload; at least `MIN_BUCKET_BYTES`.
+        bucket_bytes: The largest payload, of whichever kind of tensor; at least `MIN_BUCKET_BYTES`.
     """
-    by_dtype: dict[torch.dtype, list[tuple[int, Parameter]]] = {}
+    by_dtype: dict[tuple[torch.dtype, torch.dtype | None], list[tuple[int, Parameter]]] = {}
     for index, parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append((index, parameter))
+        by_dtype.setdefault((parameter.dtype, parameter.master_dtype), []).append((index, parameter))
     buckets: list[Bucket] = []
-    for dtype, members in by_dtype.items():
-        capacity = bucket_bytes // dtype.itemsize
+    for (dtype, master_dtype), members in by_dtype.items():
+        capacity = bucket_bytes // (master_dtype or dtype).itemsize
         for slices in _fill(members, capacity):
-            buckets.append(Bucket(first_id + len(buckets), group, dtype, tuple(slices)))
+            buckets.append(Bucket(first_id + len(buckets), group, dtype, tuple(slices), master_dtype))
     return buckets
 
 
@@ -162,6 +197,7 @@ def encode_parameter(parameter: Parameter) -> tensor_pb2.ParameterSpec:
         dtype=encode_dtype(parameter.dtype),
         shape=parameter.shape,
         memory_order=() if row_major else parameter.memory_order,
+        master_dtype=_encode_master(parameter.master_dtype),
     )
 
 
@@ -169,7 +205,7 @@ def decode_parameter(spec: tensor_pb2.ParameterSpec) -> Parameter:
     """The parameter that `spec` describes.
 
     Raises:
-        ValueError: its name, dtype, shape or memory order is not one.
+        ValueError: its name, dtype, shape, memory order or master dtype is not one.
     """
     shape = tuple(spec.shape)
     if len(spec.name.encode()) > MAX_NAME_BYTES:
@@ -179,7 +215,8 @@ def decode_parameter(spec: tensor_pb2.ParameterSpec) -> Parameter:
     order = tuple(spec.memory_order) or tuple(range(len(shape)))
     if sorted(order) != list(range(len(shape))):
         raise ValueError(f"memory order {order} is not a permutation of {len(shape)} dimensions")
-    return Parameter(spec.name, decode_dtype(spec.dtype), shape, order)
+    dtype = decode_dtype(spec.dtype)
+    return Parameter(spec.name, dtype, shape, order, _decode_master(spec.master_dtype, dtype))
 
 
 def encode_bucket(bucket: Bucket) -> tensor_pb2.BucketSpec:
@@ -192,6 +229,7 @@ def encode_bucket(bucket: Bucket) -> tensor_pb2.BucketSpec:
             tensor_pb2.BucketSlice(parameter=piece.parameter, offset=piece.offset, length=piece.length)
             for piece in bucket.slices
         ],
+        master_dtype=_encode_master(bucket.master_dtype),
     )
 
 
@@ -199,10 +237,24 @@ def decode_bucket(spec: tensor_pb2.BucketSpec) -> Bucket:
     """The bucket that `spec` describes.
 
     Raises:
-        ValueError: its dtype is not one.
+        ValueError: its dtype or its master dtype is not one.
     """
+    dtype = decode_dtype(spec.dtype)
     slices = tuple(Slice(piece.parameter, piece.offset, piece.length) for piece in spec.slices)
-    return Bucket(spec.bucket_id, spec.group, decode_dtype(spec.dtype), slices)
+    return Bucket(spec.bucket_id, spec.group, dtype, slices, _decode_master(spec.master_dtype, dtype))
+
+
+def _encode_master(master_dtype: torch.dtype | None) -> tensor_pb2.Dtype:
+    return tensor_pb2.DTYPE_UNSPECIFIED if master_dtype is None else encode_dtype(master_dtype)
+
+
+def _decode_master(number: int, dtype: torch.dtype) -> torch.dtype | None:
+    if number == tensor_pb2.DTYPE_UNSPECIFIED:
+        return None
+    master_dtype = decode_dtype(number)
+    if not is_master_of(master_dtype, dtype):
+        raise ValueError(f"{master_dtype} is not a wider real floating-point type than {dtype}")
+    return master_dtype
 
 
 def first_difference(job: Sequence[tuple[int, Parameter]], worker: Sequence[tuple[int, Parameter]]) -> str | None:
@@ -218,6 +270,11 @@ def first_difference(job: Sequence[tuple[int, Parameter]], worker: Sequence[tupl
             return f"{title}: the job's shape is {list(theirs.shape)}, the worker's {list(ours.shape)}"
         if theirs.dtype != ours.dtype:
             return f"{title}: the job's dtype is {theirs.dtype}, the worker's {ours.dtype}"
+        if theirs.server_dtype != ours.server_dtype:
+            return (
+                f"{title}: the job keeps its {theirs.dtype} in {theirs.server_dtype}, the worker asks for "
+                f"{ours.server_dtype} (ProxyOptions.master_dtype)"
+            )
     if len(job) != len(worker):
         longer = job if len(job) > len(worker) else worker
         index, extra = longer[min(len(job), len(worker))]
