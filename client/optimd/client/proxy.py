@@ -15,6 +15,7 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeVar, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
+from torch.utils.hooks import RemovableHandle
 
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
@@ -26,6 +27,7 @@ from optimd.client.receipts import StepReceipt
 from optimd.client.remotestate import RemoteState
 from optimd.client.session import Session
 from optimd.client.statetransfer import RemoteEntry
+from optimd.client.watching import ServerStepHooks
 from optimd.wire.layout import Parameter
 
 P = ParamSpec("P")
@@ -51,6 +53,7 @@ class OptimizerProxy(Optimizer):
     _session: Session | None = None
     _finalizer: weakref.finalize[..., Any] | None = None
     _warned_of_disagreement = False
+    _server_step_hooks: ServerStepHooks | None = None
     last_receipt: StepReceipt | None = None
     """What became of the last `step()`; None before the first."""
 
@@ -83,6 +86,7 @@ class OptimizerProxy(Optimizer):
             raise
         self._session = session
         self._finalizer = weakref.finalize(self, _let_go, session)
+        self._server_step_hooks = ServerStepHooks(self, session, options.retry_timeout_s)
         for group, options_of_job in zip(self.param_groups, adopted or (), strict=False):
             _adopt(group, options_of_job)
 
@@ -134,9 +138,12 @@ class OptimizerProxy(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or torch refuses the update.
+            RuntimeError: a gradient is sparse, torch refuses the update, or this is a server step hook.
             OptimdError: the step failed. Gradients are as they were.
+            BaseException: what a server step hook raised. The step is made.
         """
+        hooks = self._own_hooks()
+        hooks.refuse_in_hook("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,14 +151,43 @@ class OptimizerProxy(Optimizer):
         session = self._open_session()
         tensors = self._tensors()
         grads = self._gradients(session, tensors)
-        receipt = session.step(self.param_groups, tensors, grads)
-        self.last_receipt = receipt
+        with hooks.held_back():
+            receipt = session.step(self.param_groups, tensors, grads)
+            self.last_receipt = receipt
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             warnings.warn(
                 f"step {receipt.step}: the workers' param_groups differ; those of the lowest rank hold", stacklevel=3
             )
+        hooks.settle(receipt.step)
         return loss
+
+    def register_server_step_hook(self, hook: Callable[[Any, StepReceipt], object]) -> RemovableHandle:
+        """Has a function called for every step that the job commits from now on, by whichever workers.
+
+        The server tells of steps on a stream of their own, to a thread that lives while there are such hooks and calls
+        them: each hook once for each step, steps in order, hooks in order of registration. `step()` returns when they
+        have been called for its own step, with the new parameters in place. So in a synchronous job, whose every step
+        is one of this worker's, they never run beside the code that trains; in any other they do.
+
+        A hook may read the optimizer (`state_dict()`, `param_groups`, `job_step`), register hooks and remove them, and
+        close it. What it raises, `step()` raises when it waits for it, or else the next one; other hooks, and those of
+        later steps, are called all the same, and what they raise meanwhile is logged.
+
+        Waits until the server will tell of steps. `step()` waits up to `ProxyOptions.retry_timeout_s` for hooks.
+
+        Args:
+            hook: Called with the optimizer and the step's `StepReceipt`, whose `sequence` is None where this worker did
+                not contribute to the step, and whose byte counts are 0.
+
+        Returns:
+            A handle whose `remove()` takes the hook away, as those of torch's hooks.
+
+        Raises:
+            LimitExceededError: too many watch already.
+            OptimdError: the server does not answer, or the optimizer cannot be used.
+        """
+        return self._own_hooks().register(hook)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, on the server too. Each worker of a job adds it between the same two steps.
@@ -161,8 +197,11 @@ class OptimizerProxy(Optimizer):
 
         Raises:
             ValueError: torch does not take it, or a parameter shares memory with another or is given twice.
+            RuntimeError: this is a server step hook.
             OptimdError: the job does not take it. The param_groups are as they were.
         """
+        if self._server_step_hooks is not None:
+            self._server_step_hooks.refuse_in_hook("add_param_group()")
         before = len(self.param_groups)
         try:
             _untraced(super().add_param_group)(param_group)
@@ -218,9 +257,11 @@ class OptimizerProxy(Optimizer):
 
         Raises:
             ValueError: it does not fit the param_groups.
+            RuntimeError: this is a server step hook.
             LoadNeedsForceError: `force` is needed.
             OptimdError: the job does not take it. The param_groups are as they were.
         """
+        self._own_hooks().refuse_in_hook("load_state_dict()")
         session = self._open_session()
         before = self.param_groups
         try:
@@ -278,6 +319,7 @@ class OptimizerProxy(Optimizer):
         session, finalizer = self._session, self._finalizer
         if session is not None and finalizer is not None and finalizer.detach() is not None:
             names.give_back(session.job, session.worker_id)
+            self._own_hooks().close()
             session.leave()
 
     def __enter__(self) -> Self:
@@ -294,6 +336,11 @@ class OptimizerProxy(Optimizer):
         if self._session is None:
             raise OptimizerClosedError("this optimizer never opened a job: its constructor failed")
         return self._session
+
+    def _own_hooks(self) -> ServerStepHooks:
+        if self._server_step_hooks is None:
+            raise OptimizerClosedError("this optimizer never opened a job: its constructor failed")
+        return self._server_step_hooks
 
     def _tensors(self) -> list[torch.Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from optimd.client.connection import Connection, TrainStream
+from optimd.client.connection import Connection, StepStream, TrainStream
 from optimd.client.exceptions import ConnectionLostError, OptimdError, OptimizerClosedError, ProtocolError
 from optimd.client.joblayout import JobLayout
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
-from optimd.client.receipts import StepReceipt
+from optimd.client.receipts import StepReceipt, decode_receipt
 from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state, state_messages
 from optimd.client.translation import exception_of
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
@@ -49,8 +49,8 @@ class JobRequest:
 class Session:
     """One worker in one job, from opening to leaving.
 
-    All calls block until the server has answered. Not thread-safe, but for `abandon`. After a call that failed halfway
-    the line is closed, and further calls raise `ConnectionLostError`.
+    All calls block until the server has answered. Not thread-safe, but for `abandon` and `end_watch`. After a call that
+    failed halfway the line is closed, and further calls raise `ConnectionLostError`.
 
     Args:
         connection: The line to the server. The session closes it.
@@ -76,6 +76,11 @@ class Session:
         return self._connection.address
 
     @property
+    def is_own(self) -> bool:
+        """Whether this process opened it."""
+        return self._connection.is_own
+
+    @property
     def job(self) -> str:
         """The job's name."""
         return self._request.job
@@ -89,6 +94,14 @@ class Session:
     def parameters(self) -> Sequence[Parameter]:
         """The job's parameters."""
         return self._layout.parameters
+
+    def check(self) -> None:
+        """Whether it can be used.
+
+        Raises:
+            OptimdError: it cannot: it is closed, the line is, or this process is a child of the one that opened it.
+        """
+        self._usable()
 
     # --- opening and growing
 
@@ -286,17 +299,8 @@ class Session:
                 self.job_step = message.receipt.step
                 self.next_sequence = message.receipt.sequence + 1
         _raise_refusal(kind, message)
-        receipt = message.receipt
-        outcome = training_pb2.StepOutcome.Name(receipt.outcome).removeprefix("STEP_OUTCOME_").lower()
-        return StepReceipt(
-            sequence=receipt.sequence,
-            step=receipt.step,
-            outcome=outcome,
-            contributors=tuple(receipt.contributors),
-            partial_contributors=tuple(receipt.partial_contributors),
-            hyperparameters_disagreed=receipt.hyperparameters_disagreed,
-            bytes_sent=stream.bytes_sent - sent,
-            bytes_received=stream.bytes_received - received,
+        return decode_receipt(
+            message.receipt, bytes_sent=stream.bytes_sent - sent, bytes_received=stream.bytes_received - received
         )
 
     def _push(
@@ -385,6 +389,21 @@ class Session:
         _raise_refusal(kind, message)
         self._load_count = message.state_loaded.load_count
         self._sent_groups = [_serialised(group) for group in encoded]
+
+    # --- watching
+
+    def watch_steps(self) -> StepStream:
+        """Opens a stream of the job's steps, from the next one that this worker has not heard of. Does not wait.
+
+        Raises:
+            OptimdError: the line cannot be used.
+        """
+        self._usable()
+        return self._connection.watch_steps(self.job, self.worker_id, after_step=self.job_step)
+
+    def end_watch(self, stream: StepStream) -> None:
+        """Ends such a stream. May be called from any thread, and more than once."""
+        self._connection.end_watch(stream)
 
     # --- leaving
 

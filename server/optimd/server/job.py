@@ -34,6 +34,7 @@ from optimd.server.membership import Member, WorkerRecord
 from optimd.server.readers import Readers, ReadHold
 from optimd.server.stepping import Round, Stepper
 from optimd.server.store import StagedState, Store
+from optimd.server.watching import CommittedStep, Contribution, StepHistory
 from optimd.wire.layout import Bucket, Parameter, cut_buckets, first_difference
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Job:
         self.name = name
         self.settings = settings
         self.store = Store(device)
+        self.history = StepHistory(name)
         self._changed = threading.Condition()
         # All below: changed with self._changed held. `phase`, `step` and `worker_count` may be read without it.
         self.phase = JobPhase.CREATING
@@ -214,6 +216,7 @@ class Job:
         with self._changed:
             self.phase = JobPhase.DELETED
             self._changed.notify_all()
+        self.history.end()
 
     # --- its parameters
 
@@ -560,10 +563,20 @@ class Job:
             self._changed.notify_all()
         if round_ is not None and round_.commit is not None:
             self.groups = round_.groups
+            contributions = []
             for worker in round_.commit.contributors:
                 record = self._record_locked(worker.worker_id)
+                contributions.append(Contribution(worker.rank, worker.worker_id, record.next_sequence))
                 record.next_sequence += 1
                 record.pushes += 1
+            self.history.add(
+                CommittedStep(
+                    step=round_.commit.step,
+                    contributors=tuple(contributions),
+                    partial_contributors=tuple(worker.rank for worker in round_.commit.partial_contributors),
+                    hyperparameters_disagreed=round_.disagreed,
+                )
+            )
 
     def _take_back_growth_locked(self) -> None:
         """The worker that was uploading is gone: what it had added without its values goes with it."""
