@@ -133,13 +133,14 @@ def test_a_hook_sees_the_new_parameters_and_may_read_the_state(optimizer: Adam) 
     def hook(given: Adam, receipt: StepReceipt) -> None:
         assert given.last_receipt is not None
         assert given.last_receipt.step == receipt.step
-        seen.append((float(p[0]), float(p[-1]), float(given.state_dict()["state"][0]["step"])))
+        values = p.detach()
+        seen.append((float(values[0]), float(values[-1]), float(given.state_dict()["state"][0]["step"])))
 
     optimizer.register_server_step_hook(hook)
     expected = []
     for count in range(1, 6):
         step(optimizer)
-        expected.append((float(p[0]), float(p[-1]), float(count)))
+        expected.append((float(p.detach()[0]), float(p.detach()[-1]), float(count)))
     assert seen == expected
     assert len(set(seen)) == 5
 
@@ -172,7 +173,8 @@ def test_the_last_hooks_removal_ends_thread_and_stream_and_the_next_one_begins_a
             (thread,) = hook_threads()
             step(other)
             handle.remove()
-            assert eventually(lambda: not thread.is_alive())
+            thread.join(20)
+            assert not thread.is_alive()
             step(other)
             assert eventually(lambda: small._service._watchers._value == 1)
         assert heard == [1, 3, 5, 7, 9]

@@ -17,6 +17,7 @@ import torch
 from torch.optim.optimizer import Optimizer, StateDict
 from torch.utils.hooks import RemovableHandle
 
+from optimd.client.buffers import AttachedBuffers
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import JobMismatchError, OptimizerClosedError
@@ -54,6 +55,7 @@ class OptimizerProxy(Optimizer):
     _finalizer: weakref.finalize[..., Any] | None = None
     _warned_of_disagreement = False
     _server_step_hooks: ServerStepHooks | None = None
+    _buffers: AttachedBuffers | None = None
     last_receipt: StepReceipt | None = None
     """What became of the last `step()`; None before the first."""
 
@@ -154,6 +156,8 @@ class OptimizerProxy(Optimizer):
         with hooks.held_back():
             receipt = session.step(self.param_groups, tensors, grads)
             self.last_receipt = receipt
+            if session.wants_buffers and self._buffers is not None:
+                session.push_buffers(self._buffers)
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             warnings.warn(
@@ -161,6 +165,34 @@ class OptimizerProxy(Optimizer):
             )
         hooks.settle(receipt.step)
         return loss
+
+    def attach_buffers(self, module: torch.nn.Module) -> None:
+        """Has the server keep a module's buffers, such as BatchNorm's statistics, for workers that join later.
+
+        The first worker of a job to attach them uploads their values; the others, and those that join or resume the job
+        later, receive the server's in place. Its copy is refreshed now and then, inside `step()`, from the lowest rank
+        that has attached them: where it is older than 30 s, and when a worker waits to join. Buffers are only kept, not
+        averaged: between that, each worker's go their own way, as under DDP without `broadcast_buffers`.
+
+        The buffers are those that `module.state_dict()` saves, by the names of `module.named_buffers()`: what is
+        registered with `persistent=False` is made anew by the module's constructor and is no state. Blocks.
+
+        Args:
+            module: The model; all workers attach an equal one. Not kept alive by this.
+
+        Raises:
+            ValueError: a buffer cannot be carried; it is named.
+            RuntimeError: buffers are attached already, or this is a server step hook.
+            JobMismatchError: the job has other buffers; the first that differs is named. Nothing has changed.
+            LimitExceededError: the job would become too large. Nothing has changed.
+            OptimdError: the server cannot be reached.
+        """
+        self._own_hooks().refuse_in_hook("attach_buffers()")
+        if self._buffers is not None:
+            raise RuntimeError("buffers are attached to this optimizer already; attach the module that holds them all")
+        attached = AttachedBuffers(module)
+        self._open_session().attach_buffers(attached)
+        self._buffers = attached
 
     def register_server_step_hook(self, hook: Callable[[Any, StepReceipt], object]) -> RemovableHandle:
         """Has a function called for every step that the job commits from now on, by whichever workers.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from optimd.client import buffers
 from optimd.client.connection import Connection, StepStream, TrainStream
 from optimd.client.exceptions import ConnectionLostError, OptimdError, OptimizerClosedError, ProtocolError
 from optimd.client.joblayout import JobLayout
@@ -66,6 +67,9 @@ class Session:
         # Of each group the options that the server knows this worker to have, serialised.
         self._sent_groups: list[bytes] = []
         self._load_count = 0
+        self._bucket_bytes = 0
+        self.wants_buffers = False
+        """Whether the last step's receipt asks for fresh buffers."""
         self.job_step = 0
         self.next_sequence = 0
         self.resumed = False
@@ -193,6 +197,7 @@ class Session:
         if kind == "refused":
             raise _Refused(exception_of(message.refused))
         accepted = message.layout_accepted
+        self._bucket_bytes = accepted.bucket_bytes
         first_group = len(self._sent_groups)
         table = self._receive_table()
         adopted: list[dict[str, Any]] | None = None
@@ -298,6 +303,7 @@ class Session:
             else:
                 self.job_step = message.receipt.step
                 self.next_sequence = message.receipt.sequence + 1
+                self.wants_buffers = message.receipt.wants_buffers
         _raise_refusal(kind, message)
         return decode_receipt(
             message.receipt, bytes_sent=stream.bytes_sent - sent, bytes_received=stream.bytes_received - received
@@ -389,6 +395,39 @@ class Session:
         _raise_refusal(kind, message)
         self._load_count = message.state_loaded.load_count
         self._sent_groups = [_serialised(group) for group in encoded]
+
+    # --- buffers
+
+    def attach_buffers(self, attached: buffers.AttachedBuffers) -> None:
+        """Brings a module's buffers to the job, or receives the job's in place.
+
+        Raises:
+            ValueError: the module is gone.
+            OptimdError: the job does not take them.
+        """
+        stream = self._usable()
+        # Here, not where they are sent: what cannot be read must not cost the stream.
+        values = attached.read()
+        if values is None:
+            raise ValueError("the module whose buffers are to be attached is gone")
+        with self._failing_for_good():
+            refusal = buffers.attach(stream, attached, values, self._bucket_bytes)
+        if refusal is not None:
+            raise refusal
+
+    def push_buffers(self, attached: buffers.AttachedBuffers) -> None:
+        """Sends the buffers that the last step's receipt asks for.
+
+        Raises:
+            JobMismatchError: they are not what was attached any more. The stream goes on.
+            OptimdError: they cannot be sent.
+        """
+        self.wants_buffers = False
+        stream = self._usable()
+        values = attached.read()
+        if values is not None:
+            with self._failing_for_good():
+                buffers.push(stream, values, self._bucket_bytes)
 
     # --- watching
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 from optimd.server import update
 from optimd.server.aggregation import Decision, SyncAggregator, Worker
+from optimd.server.buffers import JobBuffers
 from optimd.server.errors import (
     InvalidFieldError,
     JobDeletedError,
@@ -94,6 +96,13 @@ class Job:
             mean=settings.reduction == "mean",
         )
         self._readers = Readers(self._changed)
+        self.buffers = JobBuffers(
+            self._changed,
+            lambda member, condition, waiting_for: self._wait_locked(
+                member, condition, settings.timeout_s, waiting_for
+            ),
+            time.monotonic,
+        )
         self._draining = False
         # Who is uploading parameters or state, and the sizes to go back to if it does not finish.
         self._bringing: Member | None = None
@@ -155,12 +164,13 @@ class Job:
         """
         with self._changed:
             self._check_free_locked(member.worker)
-            self._wait_locked(
-                member,
-                lambda: not self._aggregator.is_open and self._bringing is None,
-                self.settings.timeout_s,
-                self._occupation_locked,
-            )
+            with self.buffers.expecting_newcomer_locked():
+                self._wait_locked(
+                    member,
+                    lambda: not self._aggregator.is_open and self._bringing is None,
+                    self.settings.timeout_s,
+                    self._occupation_locked,
+                )
             self._check_free_locked(member.worker)
             check()
             self._aggregator.join(member.worker)
@@ -193,6 +203,7 @@ class Job:
             if self._bringing is member:
                 self._take_back_growth_locked()
             if self._members.get(member.worker) is member:
+                self.buffers.leave_locked(member)
                 self._readers.wait()
                 step = self.step
                 decisions = self._aggregator.leave(member.worker)
@@ -317,9 +328,9 @@ class Job:
 
     @property
     def full_bytes(self) -> int:
-        """What values and state take once every parameter has had an update."""
+        """What values and state take once every parameter has had an update, and what the buffers take."""
         with self._changed:
-            total = first = 0
+            total, first = self.buffers.nbytes_locked, 0
             for options, size in zip(self.groups, self.group_sizes, strict=True):
                 nbytes = sum(parameter.nbytes for parameter in self.store.parameters[first : first + size])
                 total += nbytes * (1 + len(update.state_names(options)))
@@ -577,6 +588,7 @@ class Job:
                     hyperparameters_disagreed=round_.disagreed,
                 )
             )
+            self.buffers.step_committed_locked()
 
     def _take_back_growth_locked(self) -> None:
         """The worker that was uploading is gone: what it had added without its values goes with it."""

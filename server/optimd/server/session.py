@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from optimd.server import update
+from optimd.server.bufferexchange import attach_buffers, push_buffers
 from optimd.server.errors import (
     InvalidFieldError,
     JobMismatchError,
@@ -99,6 +100,8 @@ class TrainSession:
             if received is None:
                 break
             kind, message, _ = received
+            if kind != "push_buffers":
+                job.buffers.decline(member)
             match kind:
                 case "step_begin":
                     yield from self._step(job, member, message.step_begin)
@@ -106,6 +109,10 @@ class TrainSession:
                     yield from self._add_param_group(job, member, message.add_param_group)
                 case "load_state":
                     yield from self._load_state(job, member, message.load_state)
+                case "attach_buffers":
+                    yield from self._attach_buffers(job, member)
+                case "push_buffers":
+                    yield from push_buffers(self._incoming, job, member)
                 case "leave":
                     break
                 case _:
@@ -267,7 +274,15 @@ class TrainSession:
             sent = count
             if round_.commit is not None and sent == len(round_.applied):
                 break
-        yield _receipt(begin.sequence, round_)
+        yield _receipt(begin.sequence, round_, wants_buffers=job.buffers.is_asked(member))
+
+    # --- buffers
+
+    def _attach_buffers(self, job: Job, member: Member) -> Iterator[bytes]:
+        try:
+            yield from attach_buffers(self._incoming, job, member, max_bytes=self._registry.max_job_bytes)
+        except _ANSWERED as error:
+            yield _refusal(error)
 
     # --- a state_dict
 
@@ -359,7 +374,7 @@ def _values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
     return encode(training_pb2.TrainResponse(bucket=header), job.store.read(PARAMETER, bucket, present))
 
 
-def _receipt(sequence: int, round_: Round) -> bytes:
+def _receipt(sequence: int, round_: Round, *, wants_buffers: bool) -> bytes:
     commit = round_.commit
     if commit is None:
         raise RuntimeError("a step without a commit has no receipt")
@@ -372,6 +387,7 @@ def _receipt(sequence: int, round_: Round) -> bytes:
                 contributors=[worker.rank for worker in commit.contributors],
                 partial_contributors=[worker.rank for worker in commit.partial_contributors],
                 hyperparameters_disagreed=round_.disagreed,
+                wants_buffers=wants_buffers,
             )
         )
     )
