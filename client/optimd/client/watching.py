@@ -48,9 +48,10 @@ class ServerStepHooks:
         self._optimizer = weakref.ref(optimizer)
         self._session = session
         self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        # Both: written to with self._lock held, but for what torch's handles remove; read without it.
         self._hooks = _Hooks(weakref.WeakMethod(self._stop_if_empty))
         self._delivery: _Delivery | None = None
-        self._lock = threading.Lock()
         # What a hook has raised and no `step()` has yet. Not the delivery's, which the thread holds: its traceback
         # leads to the optimizer.
         self._error: BaseException | None = None  # guarded by self._lock
@@ -64,9 +65,11 @@ class ServerStepHooks:
         """
         self._session.check()
         handle = RemovableHandle(self._hooks)
-        self._hooks[handle.id] = _Hook(function, self._session.job_step)
+        with self._lock:
+            self._hooks[handle.id] = _Hook(function, self._session.job_step)
+            is_told = self._delivery is not None and self._delivery.phase is not _Phase.ENDED
         try:
-            if self._delivery is None or self._delivery.phase is _Phase.ENDED:
+            if not is_told:
                 self._start()
         except BaseException:
             handle.remove()
@@ -95,8 +98,9 @@ class ServerStepHooks:
             OptimdError: the server no longer tells of steps; with what it said.
             BaseException: what a hook has raised since the last call.
         """
-        if self._delivery is not None:
-            self._delivery.await_given(step, self._timeout_s)
+        delivery = self._delivery
+        if delivery is not None:
+            delivery.await_given(step, self._timeout_s)
         with self._lock:
             error, self._error = self._error, None
         if error is not None:
@@ -147,7 +151,9 @@ class ServerStepHooks:
             _log.error("a server step hook had raised when the optimizer was closed", exc_info=error)
 
     def _start(self) -> None:
-        self._delivery = delivery = _Delivery(self._session.watch_steps(), self._session.job_step)
+        delivery = _Delivery(self._session.watch_steps(), self._session.job_step)
+        with self._lock:
+            self._delivery = delivery
         delivery.thread = threading.Thread(
             target=_deliver, args=(delivery, self._optimizer, weakref.ref(self)), name="optimd-hooks", daemon=True
         )
@@ -155,9 +161,12 @@ class ServerStepHooks:
         delivery.await_begun(self._timeout_s)
 
     def _stop_if_empty(self) -> None:
-        if self._hooks or self._delivery is None or not self._session.is_own:
+        if not self._session.is_own:
             return
-        delivery, self._delivery = self._delivery, None
+        with self._lock:
+            if self._hooks or self._delivery is None:
+                return
+            delivery, self._delivery = self._delivery, None
         delivery.end(None)
         self._session.end_watch(delivery.stream)
 
@@ -230,7 +239,8 @@ class _Delivery:
         with self._changed:
             if not self._changed.wait_for(lambda: self.phase is not _Phase.OPENING, timeout_s):
                 raise ServerUnavailableError(f"the server did not begin to tell of steps within {timeout_s:g} s")
-            self._check_locked()
+            if self._failure is not None:
+                raise self._kind_locked()(str(self._failure)) from None
 
     def hold(self, *, held: bool) -> None:
         """Begins no hooks while `held`."""
@@ -258,8 +268,11 @@ class _Delivery:
                     f"step {step} is committed, but after {timeout_s:g} s {what}; "
                     "ProxyOptions(retry_timeout_s=...) sets how long step() waits"
                 )
-            if self._given < step:
-                self._check_locked()
+            if self._given < step and self._failure is not None:
+                raise self._kind_locked()(
+                    f"server step hooks are not told of steps any more: {self._failure}. Remove them, or register one "
+                    "anew"
+                ) from self._failure
 
     def end(self, failure: Exception | None) -> None:
         """Nothing more is delivered. The first reason holds."""
@@ -297,12 +310,9 @@ class _Delivery:
             self._given, self._running = step, None
             self._changed.notify_all()
 
-    def _check_locked(self) -> None:
-        if self._failure is not None:
-            kind = type(self._failure) if isinstance(self._failure, OptimdError) else ProtocolError
-            raise kind(
-                f"server step hooks are not told of steps any more: {self._failure}. Remove them, or register one anew"
-            ) from self._failure
+    def _kind_locked(self) -> type[OptimdError]:
+        """What the failure is raised as: one of ours, whatever it was."""
+        return type(self._failure) if isinstance(self._failure, OptimdError) else ProtocolError
 
 
 def _deliver(delivery: _Delivery, optimizer: weakref.ref[OptimizerProxy], hooks: weakref.ref[ServerStepHooks]) -> None:
