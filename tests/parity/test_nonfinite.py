@@ -133,7 +133,7 @@ def test_two_workers_skip_together_whoever_has_the_bad_gradient(server: Server, 
     """Both get a receipt with the job's unchanged step. What counts is the reduced gradient: it may overflow."""
     bad_steps = (1, 2, 4)
 
-    def work(rank: int) -> tuple[torch.Tensor, list[tuple[int, int, str]]]:
+    def work(rank: int) -> tuple[torch.Tensor, list[tuple[int | None, int, str]]]:
         p = nn.Parameter(torch.ones(500))
         told = []
         asked = options("skip", rank=rank, world_size=2)

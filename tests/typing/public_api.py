@@ -32,6 +32,14 @@ assert_type(optimizer.step(closure), float)
 assert_type(optimizer.last_receipt, StepReceipt | None)
 assert_type(optimizer.next_sequence, int)
 assert_type(optimizer.resumed, bool)
+
+
+def hook(given: Adam, receipt: StepReceipt) -> None:
+    assert_type(receipt.sequence, int | None)
+
+
+assert_type(optimizer.register_server_step_hook(hook), torch.utils.hooks.RemovableHandle)
+assert_type(optimizer.attach_buffers(model), None)
 assert_type(optimizer.state_dict(), dict[str, Any])
 optimizer.load_state_dict(optimizer.state_dict(), force=True)
 
@@ -39,6 +47,7 @@ with optimizer as entered:
     assert_type(entered, Adam)
 
 Adam(model.parameters(), 1e-3, (0.9, 0.99), 1e-8, 0, False, None)  # type: ignore[call-arg]
+optimizer.register_server_step_hook(lambda: None)  # type: ignore[arg-type, misc]
 Adam(model.parameters(), server=50551)  # type: ignore[arg-type]
 ProxyOptions("resume")  # type: ignore[call-arg, arg-type]
 ProxyOptions(on_existing="maybe")  # type: ignore[arg-type]

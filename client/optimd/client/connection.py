@@ -17,11 +17,12 @@ from optimd.client.exceptions import (
     ProtocolError,
     ServerUnavailableError,
 )
+from optimd.client.receipts import StepReceipt, decode_receipt
 from optimd.client.translation import translate
 from optimd.v1 import reading_pb2, training_pb2
 from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optimd.wire.codec import Frame, MalformedMessageError, decode
-from optimd.wire.methods import READ_STATE, TRAIN
+from optimd.wire.methods import READ_STATE, TRAIN, WATCHING_HEADER
 
 _CHANNEL_OPTIONS: Final = (
     # A server whose machine is gone is noticed within a minute, and so is one that is stopped.
@@ -115,6 +116,45 @@ class TrainStream:
         self._call.cancel()
 
 
+class StepStream:
+    """A `WatchSteps` call: a job's steps, as the server commits them. Belongs to one thread, but for `cancel`."""
+
+    def __init__(self, channel: grpc.Channel, address: str, request: reading_pb2.WatchStepsRequest) -> None:
+        self._address = address
+        self._call = OptimizerServiceStub(channel).WatchSteps(request)
+
+    def await_begin(self) -> None:
+        """Waits until the server has taken the call, from when on no step is missed.
+
+        Raises:
+            OptimdError: it has not; with what it said.
+        """
+        if not any(key == WATCHING_HEADER for key, _ in self._call.initial_metadata() or ()):
+            self.receive()
+            raise ProtocolError(f"the server at {self._address} tells of steps without a header")
+
+    def receive(self) -> StepReceipt:
+        """The receipt of the next step. Blocks.
+
+        Raises:
+            OptimdError: the stream has ended; with what the server said.
+        """
+        try:
+            message = next(self._call)
+        except StopIteration:
+            raise ConnectionLostError(f"the server at {self._address} ended the stream of steps") from None
+        except grpc.RpcError as error:
+            failure = translate(error, self._address)
+            # gRPC raises the call itself, which with a traceback would hold itself until the cycle collector comes.
+            error.__traceback__ = None
+            raise failure from None
+        return decode_receipt(message.receipt, contributed=message.contributed)
+
+    def cancel(self) -> None:
+        """Ends the stream at once. May be called from any thread, and more than once."""
+        self._call.cancel()
+
+
 class _Counter:
     """What the sending thread tells the receiving one."""
 
@@ -149,13 +189,14 @@ class Connection:
         self.address = address
         self._channel: grpc.Channel | None = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stream: TrainStream | None = None
+        self._watch: StepStream | None = None
         self._pid = os.getpid()
         forks.watch(self)
 
     def forked(self) -> object:
-        """In a child: leaves the parent's channel and stream alone for good."""
-        kept = (self._channel, self._stream)
-        self._channel = self._stream = None
+        """In a child: leaves the parent's channel and streams alone for good."""
+        kept = (self._channel, self._stream, self._watch)
+        self._channel = self._stream = self._watch = None
         return kept
 
     @property
@@ -222,13 +263,33 @@ class Connection:
         finally:
             call.cancel()
 
+    def watch_steps(self, job: str, worker_id: str, *, after_step: int) -> StepStream:
+        """Opens a stream of a job's steps behind `after_step`; at most one at a time. Does not wait.
+
+        Raises:
+            OptimdError: the connection cannot be used.
+        """
+        request = reading_pb2.WatchStepsRequest(job=job, worker_id=worker_id, after_step=after_step)
+        self._watch = StepStream(self.check(), self.address, request)
+        return self._watch
+
+    def end_watch(self, stream: StepStream) -> None:
+        """Ends such a stream. May be called from any thread, and more than once."""
+        if not self.is_own:
+            return
+        stream.cancel()
+        if self._watch is stream:
+            self._watch = None
+
     def close(self) -> None:
-        """Ends the stream and the channel at once. May be called from any thread, and more than once."""
-        stream, channel = self._stream, self._channel
-        self._stream = self._channel = None
+        """Ends the streams and the channel at once. May be called from any thread, and more than once."""
+        stream, watch, channel = self._stream, self._watch, self._channel
+        self._stream = self._watch = self._channel = None
         if not self.is_own:
             return
         if stream is not None:
             stream.cancel()
+        if watch is not None:
+            watch.cancel()
         if channel is not None:
             channel.close()

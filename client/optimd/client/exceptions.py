@@ -71,7 +71,7 @@ class LimitExceededError(OptimdError):
 
 
 class StepTimeoutError(OptimdError, TimeoutError):
-    """Other workers did not join or contribute in time. The message names those that are missing."""
+    """Other workers did not join or contribute in time, or a server step hook did not end. The message says which."""
 
 
 class LoadNeedsForceError(OptimdError):

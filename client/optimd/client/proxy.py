@@ -15,7 +15,9 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeVar, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
+from torch.utils.hooks import RemovableHandle
 
+from optimd.client.buffers import AttachedBuffers
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import AccumulationLostError, ConfigurationError, JobMismatchError, OptimizerClosedError
@@ -29,6 +31,7 @@ from optimd.client.remotestate import RemoteState
 from optimd.client.session import Session
 from optimd.client.statetransfer import RemoteEntry
 from optimd.client.tracker import ParameterTracker
+from optimd.client.watching import ServerStepHooks
 from optimd.wire.layout import Parameter
 
 P = ParamSpec("P")
@@ -61,6 +64,8 @@ class OptimizerProxy(Optimizer):
     """While a state_dict is being loaded, what torch was given to load."""
     _state_here: dict[Any, Any] | None
     """The state, while it is in this process: where steps are made here, and for torch's methods to work on."""
+    _server_step_hooks: ServerStepHooks | None
+    _buffers: AttachedBuffers | None
     last_receipt: StepReceipt | None
     """What became of the last `step()`; None before the first."""
 
@@ -70,6 +75,7 @@ class OptimizerProxy(Optimizer):
         optimizer._session = optimizer._finalizer = optimizer._state_here = optimizer.last_receipt = None
         optimizer._warned_of_disagreement = False
         optimizer._loading = ()
+        optimizer._server_step_hooks = optimizer._buffers = None
         return optimizer
 
     def _connect(
@@ -102,6 +108,7 @@ class OptimizerProxy(Optimizer):
             raise
         self._session = session
         self._finalizer = weakref.finalize(self, _let_go, session)
+        self._server_step_hooks = ServerStepHooks(self, session, options.retry_timeout_s)
         for group, options_of_job in zip(self.param_groups, adopted or (), strict=False):
             _adopt(group, options_of_job)
         self._tracker = ParameterTracker(self._state_tensors)
@@ -155,9 +162,13 @@ class OptimizerProxy(Optimizer):
             The closure's loss, or None.
 
         Raises:
+            RuntimeError: a CUDA graph is being captured, or this is a server step hook.
             OptimdError: the step failed. Gradients are as they were.
-            Exception: what torch's own step would raise. Nothing has changed.
+            BaseException: what torch's own step would raise: nothing has changed. Or what a server step hook raised:
+                the step is made.
         """
+        hooks = self._own_hooks()
+        hooks.refuse_in_hook("step()")
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("an optimizer at the other end of a line cannot be captured in a CUDA graph")
         loss = None
@@ -167,15 +178,19 @@ class OptimizerProxy(Optimizer):
         session = self._open_session()
         tensors = self._tensors()
         push = self._step_here(session, tensors) if self._is_made_here() else self._push(session, tensors)
-        receipt = session.step(push, tensors)
-        self.last_receipt = receipt
-        if receipt.outcome == "applied":
-            self._settle()
+        with hooks.held_back():
+            receipt = session.step(push, tensors)
+            self.last_receipt = receipt
+            if receipt.outcome == "applied":
+                self._settle()
+            if session.wants_buffers and self._buffers is not None:
+                session.push_buffers(self._buffers)
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             warnings.warn(
                 f"step {receipt.step}: the workers' param_groups differ; those of the lowest rank hold", stacklevel=3
             )
+        hooks.settle(receipt.step)
         return loss
 
     def accumulate(self) -> None:
@@ -222,6 +237,61 @@ class OptimizerProxy(Optimizer):
         session.pull(tensors)
         self._tracker.refresh(tensors)
 
+    def attach_buffers(self, module: torch.nn.Module) -> None:
+        """Has the server keep a module's buffers, such as BatchNorm's statistics, for workers that join later.
+
+        The first worker of a job to attach them uploads their values; the others, and those that join or resume the job
+        later, receive the server's in place. Its copy is refreshed now and then, inside `step()`, from the lowest rank
+        that has attached them: where it is older than 30 s, and when a worker waits to join. Buffers are only kept, not
+        averaged: between that, each worker's go their own way, as under DDP without `broadcast_buffers`.
+
+        The buffers are those that `module.state_dict()` saves, by the names of `module.named_buffers()`: what is
+        registered with `persistent=False` is made anew by the module's constructor and is no state. Blocks.
+
+        Args:
+            module: The model; all workers attach an equal one. Not kept alive by this.
+
+        Raises:
+            ValueError: a buffer cannot be carried; it is named.
+            RuntimeError: buffers are attached already, or this is a server step hook.
+            JobMismatchError: the job has other buffers; the first that differs is named. Nothing has changed.
+            LimitExceededError: the job would become too large. Nothing has changed.
+            OptimdError: the server cannot be reached.
+        """
+        self._own_hooks().refuse_in_hook("attach_buffers()")
+        if self._buffers is not None:
+            raise RuntimeError("buffers are attached to this optimizer already; attach the module that holds them all")
+        attached = AttachedBuffers(module)
+        self._open_session().attach_buffers(attached)
+        self._buffers = attached
+
+    def register_server_step_hook(self, hook: Callable[[Any, StepReceipt], object]) -> RemovableHandle:
+        """Has a function called for every step that the job commits from now on, by whichever workers.
+
+        The server tells of steps on a stream of their own, to a thread that lives while there are such hooks and calls
+        them: each hook once for each step, steps in order, hooks in order of registration. `step()` returns when they
+        have been called for its own step, with the new parameters in place. So in a synchronous job, whose every step
+        is one of this worker's, they never run beside the code that trains; in any other they do.
+
+        A hook may read the optimizer (`state_dict()`, `param_groups`, `job_step`), register hooks and remove them, and
+        close it. What it raises, `step()` raises when it waits for it, or else the next one; other hooks, and those of
+        later steps, are called all the same, and what they raise meanwhile is logged.
+
+        Waits until the server will tell of steps. `step()` waits up to `ProxyOptions.retry_timeout_s` for hooks.
+
+        Args:
+            hook: Called with the optimizer and the step's `StepReceipt`, whose `sequence` is None where this worker did
+                not contribute to the step, and whose byte counts are 0.
+
+        Returns:
+            A handle whose `remove()` takes the hook away, as those of torch's hooks.
+
+        Raises:
+            LimitExceededError: too many watch already.
+            OptimdError: the server does not answer, or the optimizer cannot be used.
+        """
+        return self._own_hooks().register(hook)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, on the server too. Each worker of a job adds it between the same two steps.
 
@@ -230,8 +300,11 @@ class OptimizerProxy(Optimizer):
 
         Raises:
             ValueError: torch does not take it, or a parameter shares memory with another or is given twice.
+            RuntimeError: this is a server step hook.
             OptimdError: the job does not take it. The param_groups are as they were.
         """
+        if self._server_step_hooks is not None:
+            self._server_step_hooks.refuse_in_hook("add_param_group()")
         before = len(self.param_groups)
         try:
             _untraced(super().add_param_group)(param_group)
@@ -289,9 +362,11 @@ class OptimizerProxy(Optimizer):
 
         Raises:
             ValueError: it does not fit the param_groups.
+            RuntimeError: this is a server step hook.
             LoadNeedsForceError: `force` is needed.
             OptimdError: the job does not take it. The param_groups are as they were.
         """
+        self._own_hooks().refuse_in_hook("load_state_dict()")
         session = self._open_session()
         self._follow_layout(session, self._tensors())
         before = self.param_groups
@@ -375,6 +450,7 @@ class OptimizerProxy(Optimizer):
         session, finalizer = self._session, self._finalizer
         if session is not None and finalizer is not None and finalizer.detach() is not None:
             names.give_back(session.job, session.worker_id)
+            self._own_hooks().close()
             session.leave()
 
     def __enter__(self) -> Self:
@@ -391,6 +467,11 @@ class OptimizerProxy(Optimizer):
         if self._session is None:
             raise OptimizerClosedError("this optimizer never opened a job: its constructor failed")
         return self._session
+
+    def _own_hooks(self) -> ServerStepHooks:
+        if self._server_step_hooks is None:
+            raise OptimizerClosedError("this optimizer never opened a job: its constructor failed")
+        return self._server_step_hooks
 
     def _tensors(self) -> list[torch.Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 from optimd.v1 import training_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReceipt:
-    """What became of one `step()`: `opt.last_receipt`."""
+    """What became of one `step()`: `opt.last_receipt`. Or a step of the job, as a server step hook is told of it."""
 
-    sequence: int
-    """This worker's step counter, from 0."""
+    sequence: int | None
+    """This worker's step counter, from 0. None in a hook's receipt of a step that this worker did not contribute to."""
 
     step: int
     """The job step that the gradients went into: the number of committed steps, this one included. Where nothing was
@@ -41,24 +40,32 @@ class StepReceipt:
     steps; those of the lowest rank hold. At most 100."""
 
     bytes_sent: int
-    """Bytes of the step's messages to the server."""
+    """Bytes of the step's messages to the server. 0 in a hook's receipt, which comes on another line."""
 
     bytes_received: int
-    """Bytes of the step's messages from the server."""
+    """Bytes of the step's messages from the server. 0 in a hook's receipt."""
 
-    @classmethod
-    def from_message(cls, message: training_pb2.StepReceipt, *, bytes_sent: int, bytes_received: int) -> Self:
-        """What the schema's receipt says."""
-        outcome = training_pb2.StepOutcome.Name(message.outcome).removeprefix("STEP_OUTCOME_").lower()
-        return cls(
-            sequence=message.sequence,
-            step=message.step,
-            outcome=outcome,
-            contributors=tuple(message.contributors),
-            partial_contributors=tuple(message.partial_contributors),
-            hyperparameters_disagreed=message.hyperparameters_disagreed,
-            grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
-            pushed_differently=tuple(message.pushed_differently),
-            bytes_sent=bytes_sent,
-            bytes_received=bytes_received,
-        )
+
+def decode_receipt(
+    message: training_pb2.StepReceipt, *, contributed: bool = True, bytes_sent: int = 0, bytes_received: int = 0
+) -> StepReceipt:
+    """The receipt that `message` is.
+
+    Args:
+        message: As the server sent it.
+        contributed: Whether this worker contributed to the step.
+        bytes_sent: Bytes of the step's messages to the server.
+        bytes_received: Bytes of the step's messages from the server.
+    """
+    return StepReceipt(
+        sequence=message.sequence if contributed else None,
+        step=message.step,
+        outcome=training_pb2.StepOutcome.Name(message.outcome).removeprefix("STEP_OUTCOME_").lower(),
+        contributors=tuple(message.contributors),
+        partial_contributors=tuple(message.partial_contributors),
+        hyperparameters_disagreed=message.hyperparameters_disagreed,
+        grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
+        pushed_differently=tuple(message.pushed_differently),
+        bytes_sent=bytes_sent,
+        bytes_received=bytes_received,
+    )

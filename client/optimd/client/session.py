@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from optimd.client.connection import Connection, TrainStream
+from optimd.client import buffers
+from optimd.client.connection import Connection, StepStream, TrainStream
 from optimd.client.exceptions import (
     AccumulationLostError,
     ConnectionLostError,
@@ -25,7 +26,7 @@ from optimd.client.joblayout import JobLayout
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
 from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries
-from optimd.client.receipts import StepReceipt
+from optimd.client.receipts import StepReceipt, decode_receipt
 from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state, state_messages
 from optimd.client.translation import exception_of
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
@@ -58,8 +59,8 @@ class JobRequest:
 class Session:
     """One worker in one job, from opening to leaving.
 
-    All calls block until the server has answered. Not thread-safe, but for `abandon`. After a call that failed halfway
-    the line is closed, and further calls raise `ConnectionLostError`.
+    All calls block until the server has answered. Not thread-safe, but for `abandon` and `end_watch`. After a call that
+    failed halfway the line is closed, and further calls raise `ConnectionLostError`.
 
     Args:
         connection: The line to the server. The session closes it.
@@ -81,6 +82,9 @@ class Session:
         self._micro = 0
         self.holds_gradients = False
         """Whether the server holds gradients for the next step."""
+        self._bucket_bytes = 0
+        self.wants_buffers = False
+        """Whether the last step's receipt asks for fresh buffers."""
         self.job_step = 0
         self.next_sequence = 0
         self.resumed = False
@@ -89,6 +93,11 @@ class Session:
     def address(self) -> str:
         """Where the server is."""
         return self._connection.address
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process opened it."""
+        return self._connection.is_own
 
     @property
     def job(self) -> str:
@@ -109,6 +118,14 @@ class Session:
     def group_sizes(self) -> Sequence[int]:
         """How many parameters each of the job's groups has."""
         return self._group_sizes
+
+    def check(self) -> None:
+        """Whether it can be used.
+
+        Raises:
+            OptimdError: it cannot: it is closed, the line is, or this process is a child of the one that opened it.
+        """
+        self._usable()
 
     # --- opening and growing
 
@@ -247,6 +264,7 @@ class Session:
             self._layout = JobLayout()
             self._sent_groups = []
             self._group_sizes = []
+        self._bucket_bytes = accepted.bucket_bytes
         first_group = len(self._sent_groups)
         table = self._receive_table()
         adopted: list[dict[str, Any]] | None = None
@@ -362,11 +380,10 @@ class Session:
                 self.job_step = message.receipt.step
                 self.next_sequence = message.receipt.sequence + 1
                 self._nothing_held()
+                self.wants_buffers = message.receipt.wants_buffers
         self._raise_refusal(kind, message)
-        return StepReceipt.from_message(
-            message.receipt,
-            bytes_sent=stream.bytes_sent - sent,
-            bytes_received=stream.bytes_received - received,
+        return decode_receipt(
+            message.receipt, bytes_sent=stream.bytes_sent - sent, bytes_received=stream.bytes_received - received
         )
 
     def accumulate(self, group_count: int, grads: Sequence[torch.Tensor | None]) -> None:
@@ -471,6 +488,54 @@ class Session:
         self._raise_refusal(kind, message)
         self._load_count = message.state_loaded.load_count
         self._sent_groups = [_serialised(group) for group in encoded]
+
+    # --- buffers
+
+    def attach_buffers(self, attached: buffers.AttachedBuffers) -> None:
+        """Brings a module's buffers to the job, or receives the job's in place.
+
+        Raises:
+            ValueError: the module is gone.
+            OptimdError: the job does not take them.
+        """
+        stream = self._usable()
+        # Here, not where they are sent: what cannot be read must not cost the stream.
+        values = attached.read()
+        if values is None:
+            raise ValueError("the module whose buffers are to be attached is gone")
+        with self._failing_for_good():
+            refusal = buffers.attach(stream, attached, values, self._bucket_bytes)
+        if refusal is not None:
+            raise refusal
+
+    def push_buffers(self, attached: buffers.AttachedBuffers) -> None:
+        """Sends the buffers that the last step's receipt asks for.
+
+        Raises:
+            JobMismatchError: they are not what was attached any more. The stream goes on.
+            OptimdError: they cannot be sent.
+        """
+        self.wants_buffers = False
+        stream = self._usable()
+        values = attached.read()
+        if values is not None:
+            with self._failing_for_good():
+                buffers.push(stream, values, self._bucket_bytes)
+
+    # --- watching
+
+    def watch_steps(self) -> StepStream:
+        """Opens a stream of the job's steps, from the next one that this worker has not heard of. Does not wait.
+
+        Raises:
+            OptimdError: the line cannot be used.
+        """
+        self._usable()
+        return self._connection.watch_steps(self.job, self.worker_id, after_step=self.job_step)
+
+    def end_watch(self, stream: StepStream) -> None:
+        """Ends such a stream. May be called from any thread, and more than once."""
+        self._connection.end_watch(stream)
 
     # --- leaving
 

@@ -24,8 +24,6 @@ from optimd.wire.reasons import encode_reason
 DECLINED: Final = (UpdateRefusedError, JobMismatchError, LimitExceededError, LoadNeedsForceError)
 """What a worker can answer, by asking for something else: no reason to end its stream, and with it a private job."""
 
-_MOST_NAMED: Final = 100
-
 
 def refusal(error: RequestError) -> bytes:
     """Says that what the worker began is not taken, on a stream that goes on."""
@@ -41,7 +39,7 @@ def values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
     return encode(training_pb2.TrainResponse(bucket=header), job.store.read(PARAMETER, bucket, present))
 
 
-def receipt(sequence: int, round_: Round) -> bytes:
+def receipt(sequence: int, round_: Round, *, wants_buffers: bool) -> bytes:
     """What became of the push of that number in a round that is over."""
     if round_.skipped is not None:
         answer = training_pb2.StepReceipt(
@@ -56,7 +54,8 @@ def receipt(sequence: int, round_: Round) -> bytes:
             partial_contributors=[worker.rank for worker in round_.commit.partial_contributors],
             hyperparameters_disagreed=round_.disagreed,
             grad_norm=round_.grad_norm,
-            pushed_differently=sorted(round_.pushed.differing)[:_MOST_NAMED],
+            pushed_differently=round_.pushed_differently,
+            wants_buffers=wants_buffers,
         )
     else:
         raise RuntimeError("a step that was neither committed nor skipped has no receipt")

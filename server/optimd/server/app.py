@@ -68,8 +68,8 @@ class Server:
         self.registry = JobRegistry(self.device, max_jobs=limits.max_jobs, max_job_bytes=limits.max_job_bytes)
         self._service = OptimizerService(self.registry, limits)
         self._server = grpc.server(
-            # A stream holds its thread; its worker may read state besides.
-            ThreadPoolExecutor(2 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
+            # A stream holds its thread; its worker may read state and watch steps besides.
+            ThreadPoolExecutor(3 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
             interceptors=[ErrorTranslation()],
             options=_CHANNEL_OPTIONS,
         )

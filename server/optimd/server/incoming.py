@@ -43,7 +43,7 @@ class Incoming:
         kind = message.WhichOneof("message")
         if kind is None:
             raise InvalidFieldError("TrainRequest.message", "is not set")
-        if frame.payload.nbytes and kind != "bucket":
+        if frame.payload.nbytes and kind not in ("bucket", "buffer_chunk"):
             raise InvalidFieldError("TrainRequest.payload", f"a {kind} has none")
         return kind, message, frame
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 from optimd.server import update
 from optimd.server.aggregation import Decision, SyncAggregator, Worker
+from optimd.server.buffers import JobBuffers
 from optimd.server.errors import (
     AccumulationLostError,
     InvalidFieldError,
@@ -35,6 +37,7 @@ from optimd.server.membership import Member, WorkerRecord
 from optimd.server.readers import Readers, ReadHold
 from optimd.server.stepping import Round, Stepper
 from optimd.server.store import StagedState, Store
+from optimd.server.watching import CommittedStep, Contribution, StepHistory
 from optimd.wire.layout import Bucket, Parameter, cut_buckets, first_difference
 
 _log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class Job:
         self.name = name
         self.settings = settings
         self.store = Store(device)
+        self.history = StepHistory(name)
         self._changed = threading.Condition()
         # All below: changed with self._changed held. `phase`, `step` and `worker_count` may be read without it.
         self.phase = JobPhase.CREATING
@@ -115,6 +119,13 @@ class Job:
         self._records: dict[str, WorkerRecord] = {}
         self._stepper = self._new_stepper()
         self._readers = Readers(self._changed)
+        self.buffers = JobBuffers(
+            self._changed,
+            lambda member, condition, waiting_for: self._wait_locked(
+                member, condition, settings.timeout_s, waiting_for
+            ),
+            time.monotonic,
+        )
         self._draining = False
         # Who is uploading parameters or state, and the sizes to go back to if it does not finish.
         self._bringing: Member | None = None
@@ -177,12 +188,13 @@ class Job:
         """
         with self._changed:
             self._check_free_locked(member.worker)
-            self._wait_locked(
-                member,
-                lambda: not self._aggregator.is_open and self._bringing is None,
-                self.settings.timeout_s,
-                self._occupation_locked,
-            )
+            with self.buffers.expecting_newcomer_locked():
+                self._wait_locked(
+                    member,
+                    lambda: not self._aggregator.is_open and self._bringing is None,
+                    self.settings.timeout_s,
+                    self._occupation_locked,
+                )
             self._check_free_locked(member.worker)
             check()
             self._aggregator.join(member.worker)
@@ -220,6 +232,7 @@ class Job:
             if self._bringing is member:
                 self._take_back_growth_locked()
             if self._members.get(member.worker) is member:
+                self.buffers.leave_locked(member)
                 self._readers.wait()
                 step = self.step
                 decisions = self._aggregator.leave(member.worker)
@@ -243,6 +256,7 @@ class Job:
         with self._changed:
             self.phase = JobPhase.DELETED
             self._changed.notify_all()
+        self.history.end()
 
     # --- its parameters
 
@@ -430,9 +444,9 @@ class Job:
 
     @property
     def full_bytes(self) -> int:
-        """What values and state take once every parameter has had an update."""
+        """What values and state take once every parameter has had an update, and what the buffers take."""
         with self._changed:
-            total = first = 0
+            total, first = self.buffers.nbytes_locked, 0
             for options, size in zip(self.groups, self.group_sizes, strict=True):
                 nbytes = sum(parameter.nbytes for parameter in self.store.parameters[first : first + size])
                 total += nbytes * (1 + len(update.state_names(options)))
@@ -787,10 +801,23 @@ class Job:
             self._changed.notify_all()
         if round_ is not None and round_.commit is not None:
             self.groups = round_.groups
+            contributions = []
             for worker in round_.commit.contributors:
                 record = self._record_locked(worker.worker_id)
+                contributions.append(Contribution(worker.rank, worker.worker_id, record.next_sequence))
                 record.next_sequence += 1
                 record.pushes += 1
+            self.history.add(
+                CommittedStep(
+                    step=round_.commit.step,
+                    contributors=tuple(contributions),
+                    partial_contributors=tuple(worker.rank for worker in round_.commit.partial_contributors),
+                    hyperparameters_disagreed=round_.disagreed,
+                    grad_norm=round_.grad_norm,
+                    pushed_differently=round_.pushed_differently,
+                )
+            )
+            self.buffers.step_committed_locked()
         if round_ is not None and round_.skipped is not None:
             self._aggregator.forget_step(round_.skipped.step)
             for worker in round_.skipped.pushes:

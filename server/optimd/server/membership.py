@@ -73,6 +73,7 @@ class Member:
     ready: bool = False
     """Whether it has its parameters: from JobReady on."""
     alive: bool = True
+    buffers_attached: bool = False
     bytes_received: int = 0
     bytes_sent: int = 0
     held: HeldGradients = field(default_factory=HeldGradients)

@@ -72,7 +72,7 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
         # Found out before anything was applied: the same push is due again.
         yield refusal(error)
         return
-    yield receipt(begin.sequence, round_)
+    yield receipt(begin.sequence, round_, wants_buffers=job.buffers.is_asked(member))
 
 
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:

@@ -17,11 +17,12 @@ from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
 from optimd.server.session import TrainSession
+from optimd.server.watching import encode_step
 from optimd.v1 import admin_pb2, job_pb2, reading_pb2
 from optimd.v1.admin_service_pb2_grpc import AdminServiceServicer
 from optimd.wire.codec import MalformedMessageError, decode
 from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_MESSAGE_BYTES
-from optimd.wire.methods import SERVICE
+from optimd.wire.methods import SERVICE, WATCHING_HEADER
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
 
@@ -42,6 +43,8 @@ class Limits:
 class OptimizerService:
     """`optimd.v1.OptimizerService`. Its calls whose messages carry payloads take and give bytes.
 
+    It holds at most `3 * max_workers` threads for as long as a worker likes: of streams, reads and watchers.
+
     Args:
         registry: The server's jobs.
         limits: What the server takes.
@@ -52,6 +55,7 @@ class OptimizerService:
         self._limits = limits
         self._streams = threading.BoundedSemaphore(limits.max_workers)
         self._reads = threading.BoundedSemaphore(limits.max_workers)
+        self._watchers = threading.BoundedSemaphore(limits.max_workers)
         self._draining = threading.Event()
 
     def drain(self) -> None:
@@ -70,6 +74,11 @@ class OptimizerService:
                 ),
                 "Train": grpc.stream_stream_rpc_method_handler(self.train),
                 "ReadState": grpc.unary_stream_rpc_method_handler(self.read_state),
+                "WatchSteps": grpc.unary_stream_rpc_method_handler(
+                    self.watch_steps,
+                    request_deserializer=reading_pb2.WatchStepsRequest.FromString,
+                    response_serializer=reading_pb2.WatchStepsResponse.SerializeToString,
+                ),
             },
         )
 
@@ -140,6 +149,31 @@ class OptimizerService:
                 _at_the_end(context, lambda: job.release(hold))
 
             yield from read_state(job, message, on_hold=on_hold)
+
+    def watch_steps(
+        self, request: reading_pb2.WatchStepsRequest, context: grpc.ServicerContext
+    ) -> Iterator[reading_pb2.WatchStepsResponse]:
+        """The steps of a job, as it commits them.
+
+        Raises:
+            LimitExceededError: there are too many watchers already, or this one has fallen behind.
+            ShuttingDownError: the server is stopping.
+            UnknownJobError: there is no job of that name.
+            JobDeletedError: the job went away.
+        """
+        if self._draining.is_set():
+            raise ShuttingDownError("the server is shutting down")
+        if not self._watchers.acquire(blocking=False):
+            raise LimitExceededError(
+                f"this server serves {self._limits.max_workers} watchers at once and is busy (--max-workers)"
+            )
+        if _at_the_end(context, self._watchers.release):
+            job = self._registry.get(request.job)
+            watch = job.history.watch(request.after_step)
+            _at_the_end(context, watch.end)
+            context.send_initial_metadata(((WATCHING_HEADER, str(job.step)),))
+            for step in watch:
+                yield encode_step(step, request.worker_id)
 
 
 def _at_the_end(context: grpc.ServicerContext, work: Callable[[], None]) -> bool:

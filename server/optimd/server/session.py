@@ -8,6 +8,7 @@ from typing import Any
 
 from optimd.server import update
 from optimd.server.answers import DECLINED, decode_options, refusal, values
+from optimd.server.bufferexchange import attach_buffers, push_buffers
 from optimd.server.errors import InvalidFieldError, OutOfOrderError
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
@@ -89,6 +90,8 @@ class TrainSession:
             if received is None:
                 break
             kind, message, _ = received
+            if kind != "push_buffers":
+                job.buffers.decline(member)
             match kind:
                 case "step_begin":
                     yield from serve_step(self._incoming, job, member, message.step_begin)
@@ -102,6 +105,10 @@ class TrainSession:
                     yield from self._replace_layout(job, member, message.replace_layout)
                 case "load_state":
                     yield from self._load_state(job, member, message.load_state)
+                case "attach_buffers":
+                    yield from self._attach_buffers(job, member)
+                case "push_buffers":
+                    yield from push_buffers(self._incoming, job, member)
                 case "leave":
                     break
                 case _:
@@ -240,6 +247,14 @@ class TrainSession:
                 )
             awaited.discard(bucket.bucket_id)
             store.write_values(bucket, payload)
+
+    # --- buffers
+
+    def _attach_buffers(self, job: Job, member: Member) -> Iterator[bytes]:
+        try:
+            yield from attach_buffers(self._incoming, job, member, max_bytes=self._registry.max_job_bytes)
+        except DECLINED as error:
+            yield refusal(error)
 
     # --- a state_dict
 

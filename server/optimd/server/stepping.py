@@ -26,6 +26,7 @@ from optimd.wire.layout import Bucket
 _log = logging.getLogger(__name__)
 
 _NAMED_IN_LOG = 10
+_MOST_NAMED = 100
 
 
 @dataclass(slots=True)
@@ -52,6 +53,11 @@ class Round:
     disagreed: bool = False
     abandoned: bool = False
     failure: Exception | None = None
+
+    @property
+    def pushed_differently(self) -> tuple[int, ...]:
+        """The first of the parameters of which workers pushed different values or states."""
+        return tuple(sorted(self.pushed.differing)[:_MOST_NAMED])
 
     @property
     def is_answered(self) -> bool:
