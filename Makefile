@@ -1,22 +1,24 @@
 # Everything a contributor runs. `make demo` and `make test` set up what they need on a clean clone.
 #
-#   make demo    train handwritten digits through a remote Adam and compare with torch's own
-#   make test    every check, then the tests against the built wheel
-#   make check   the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
-#   make proto   regenerate the code under proto/python/optimd/v1
-#   make bench   step times against a local optimizer, and memory of both sides
-#   make clean   remove what the targets above made
+#   make demo         train handwritten digits through a remote Adam and compare with torch's own
+#   make test         every check, then the tests against the built wheel
+#   make integration  PyTorch Lightning and Hugging Face accelerate train with the built wheel, and as with torch's own
+#   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
+#   make proto        regenerate the code under proto/python/optimd/v1
+#   make bench        step times against a local optimizer, and memory of both sides
+#   make clean        remove what the targets above made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_VENV := .venv-wheel
+TRAINERS_VENV := .venv-integration
 GENERATED := proto/python
 PROTOS := $(wildcard proto/optimd/v1/*.proto)
 SOURCES := client server proto/python/optimd/wire tests benchmarks examples tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check wheel proto bench clean
+.PHONY: help demo test integration check wheel proto bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,5 +59,14 @@ wheel: $(VENV)/.installed
 test: check wheel
 	$(WHEEL_VENV)/bin/python -m pytest --against-wheel -n 2 $(PYTEST_ARGS)
 
+# The trainers have an environment of their own, which sees the first one's dependencies too: torch is there once, and
+# nothing else is tested in their company.
+integration: wheel
+	rm -rf $(TRAINERS_VENV) && $(PYTHON) -m venv --without-pip $(TRAINERS_VENV)
+	$(BIN)/python tools/link_dependencies.py --from $(VENV) --to $(TRAINERS_VENV)
+	$(BIN)/python -m pip --python $(TRAINERS_VENV)/bin/python install --quiet --disable-pip-version-check \
+		-c constraints.txt "$$(echo dist/optimd-*.whl)[integration]"
+	$(TRAINERS_VENV)/bin/python -m pytest --against-wheel tests/trainers $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(WHEEL_VENV) $(TRAINERS_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -446,7 +446,7 @@ def test_a_defect_of_the_server_is_an_incident_that_others_do_not_feel(
     """INTERNAL with an id under which the log has the traceback."""
     with PlainWorker(server).opened() as worker:
         with monkeypatch.context() as patched:
-            patched.setattr("optimd.server.session.read_bucket", lambda *_: 1 / 0)
+            patched.setattr("optimd.server.pushes.read_bucket", lambda *_: 1 / 0)
             worker.send(begin(), gradient(0, 256))
             status, detail = worker.fails()
         assert status is grpc.StatusCode.INTERNAL

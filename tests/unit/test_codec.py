@@ -15,6 +15,7 @@ from optimd.wire.codec import MalformedMessageError, MessageTooLargeError, decod
 from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_BUCKET_SLICES, MAX_MESSAGE_BYTES
 
 TrainRequest = training_pb2.TrainRequest
+TrainResponse = training_pb2.TrainResponse
 PayloadMessage = training_pb2.TrainRequest | training_pb2.TrainResponse | reading_pb2.ReadStateResponse
 
 PAYLOAD: Final = 15
@@ -180,6 +181,7 @@ def test_decode_agrees_with_protobuf_on_any_sequence_of_fields(joined: bytes) ->
         assert_decodes_as_protobuf_parses(message_type, joined)
 
 
+JOB_READY: Final = TrainResponse(ready=job_pb2.JobReady(job_step=7)).SerializeToString()
 STEP_END: Final = TrainRequest(step_end=training_pb2.StepEnd(bucket_count=7)).SerializeToString()
 
 
@@ -189,7 +191,7 @@ STEP_END: Final = TrainRequest(step_end=training_pb2.StepEnd(bucket_count=7)).Se
         pytest.param(delimited(PAYLOAD, b"abc") + STEP_END, b"abc", id="payload first"),
         pytest.param(STEP_END + delimited(PAYLOAD, b"abc") + delimited(PAYLOAD, b"de"), b"de", id="payload repeated"),
         pytest.param(delimited(PAYLOAD, b"abc") + STEP_END + delimited(PAYLOAD, b"de"), b"de", id="payload around"),
-        pytest.param(delimited(PAYLOAD, b"abc") + delimited(14, b"x") + STEP_END, b"abc", id="unknown field behind"),
+        pytest.param(delimited(PAYLOAD, b"abc") + delimited(98, b"x") + STEP_END, b"abc", id="unknown field behind"),
         pytest.param(STEP_END + delimited(PAYLOAD, b"abc") + delimited(99, b"x"), b"abc", id="high number behind"),
         pytest.param(delimited(99, b"x") + STEP_END + delimited(PAYLOAD, b"abc"), b"abc", id="high number before"),
         pytest.param(STEP_END + delimited(PAYLOAD, b"abc", tag_padding=2), b"abc", id="overlong tag"),
@@ -226,9 +228,9 @@ def test_a_field_that_looks_like_the_payload_inside_another_is_not_taken_for_it(
 )
 def test_fields_of_a_newer_peer_before_the_payload_cost_no_copy(unknown: bytes) -> None:
     """They are skipped by their wire type; 121 bytes are what a walk that is one byte off would fall for."""
-    data = STEP_END + unknown + delimited(PAYLOAD, b"p" * 121)
-    assert_decodes_as_protobuf_parses(TrainRequest, data)
-    _, frame = decode(TrainRequest, data)
+    data = JOB_READY + unknown + delimited(PAYLOAD, b"p" * 121)
+    assert_decodes_as_protobuf_parses(TrainResponse, data)
+    _, frame = decode(TrainResponse, data)
     assert frame.payload.obj is data
 
 

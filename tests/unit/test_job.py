@@ -75,6 +75,8 @@ class Team:
             base_step=self.job.step,
             group_count=1,
             load_count=0,
+            layout_count=0,
+            micro=0,
         )
 
     def push(self, rank: int, bucket: int, value: float) -> None:
@@ -192,11 +194,13 @@ def test_a_step_that_torch_refuses_fails_for_all_its_workers_and_commits_nothing
 
 
 def test_options_that_torch_would_refuse_are_refused_before_the_step() -> None:
-    """Where they arrive, and with nothing changed."""
+    """Where the push begins, and with nothing changed."""
     team = Team(1)
-    team.begin(0)
+    team.job.set_hyperparameters(team.members[0], 0, {**OPTIONS, "foreach": True, "betas": (1.0, 0.9)})
     with pytest.raises(UpdateRefusedError, match="divide by zero"):
-        team.job.set_hyperparameters(team.members[0], 0, {**OPTIONS, "foreach": True, "betas": (1.0, 0.9)})
+        team.begin(0)
+    team.job.set_hyperparameters(team.members[0], 0, OPTIONS)
+    team.begin(0)
     team.push(0, 0, 1.0)
     team.end(0)
     assert team.job.step == 1

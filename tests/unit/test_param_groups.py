@@ -125,17 +125,19 @@ def test_any_values_come_back_to_the_last_bit(
     assert over_the_wire({**group, "params": [torch.zeros(1)]}) == group
 
 
-def test_a_learning_rate_that_is_a_tensor_arrives_as_its_value() -> None:
-    """torch takes lr as a one-element tensor for capturable and compiled steps."""
-    arrived = over_the_wire({**group_of(), "lr": torch.tensor(0.25)})
-    assert arrived["lr"] == 0.25
-    assert type(arrived["lr"]) is float
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learning_rate_that_is_a_tensor_arrives_as_one(dtype: torch.dtype) -> None:
+    """torch's kernels compute with it in its own dtype, and the bits differ from a double's."""
+    arrived = over_the_wire({**group_of(), "lr": torch.tensor([0.1], dtype=dtype)})
+    assert torch.equal(arrived["lr"], torch.tensor(0.1, dtype=dtype))
+    assert arrived["lr"].dtype == dtype
 
 
-def test_betas_that_are_tensors_arrive_as_their_values() -> None:
-    """Each of them, with the value that its dtype holds."""
+def test_betas_that_are_tensors_arrive_as_tensors() -> None:
+    """Each of them, in its own dtype."""
     arrived = over_the_wire({**group_of(), "betas": (torch.tensor(0.9), torch.tensor(0.999, dtype=torch.float64))})
-    assert arrived["betas"] == (float(torch.tensor(0.9)), 0.999)
+    assert [beta.dtype for beta in arrived["betas"]] == [torch.float32, torch.float64]
+    assert arrived["betas"] == (torch.tensor(0.9), torch.tensor(0.999, dtype=torch.float64))
 
 
 def test_integers_arrive_as_floats() -> None:

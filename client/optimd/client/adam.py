@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import torch
+from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from optimd.client.exceptions import ConfigurationError
 from optimd.client.options import ProxyOptions
 from optimd.client.proxy import OptimizerProxy
+from optimd.client.statetransfer import RemoteEntry
 
 
 class _AdamRule(OptimizerProxy):
@@ -19,11 +24,13 @@ class _AdamRule(OptimizerProxy):
     _rule: ClassVar[str] = "adam"
     _state_tensors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        if group["differentiable"]:
-            raise ConfigurationError(
-                "differentiable=True needs the optimizer state in the worker's autograd graph; use torch's own class"
-            )
+    _rehearsed: frozenset[Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An optimizer that has opened no job yet."""
+        optimizer = super().__new__(cls, *args, **kwargs)
+        optimizer._rehearsed = frozenset()
+        return optimizer
 
     def _connect(
         self, server: str | None, job: str | None, options: ProxyOptions | None, *, private: bool = False
@@ -31,6 +38,80 @@ class _AdamRule(OptimizerProxy):
         # torch's GradScaler hands a scale to an optimizer that says it takes one. This one wants unscaled gradients.
         self._step_supports_amp_scaling = False
         super()._connect(server, job, options, private=private)
+
+    def _is_made_here(self) -> bool:
+        return any(group["differentiable"] for group in self.param_groups)
+
+    def _make_step(self) -> None:
+        step = inspect.unwrap(torch.optim.Adam.step)
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            step(self)
+
+    def _check_step(self, group: Mapping[str, Any], tensor: torch.Tensor, entry: Mapping[str, Any] | None) -> None:
+        # What torch objects to depends on these; a rate that changes with every step does not make it another question.
+        key = (
+            tensor.dtype,
+            tensor.device,
+            *(_kind(group[name]) for name in ("lr", "eps", "weight_decay")),
+            *(_kind(beta) if isinstance(beta, torch.Tensor) else beta for beta in group["betas"]),
+            *(group[name] for name in ("amsgrad", "maximize", "foreach", "capturable", "fused")),
+        )
+        if entry is None and key in self._rehearsed:
+            return
+        if entry is None:
+            parameter = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
+        else:
+            parameter = tensor.detach().clone()
+        _rehearse(parameter, group, {} if entry is None else copy.deepcopy(dict(entry)))
+        if entry is None:
+            self._rehearsed |= {key}
+
+    def _in_torchs_form(self, entry: RemoteEntry, tensor: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        beside = bool(group["capturable"] or group["fused"])
+        wide = torch.get_default_dtype() is torch.float64 and not group["fused"]
+        step = torch.tensor(
+            entry.step, dtype=torch.float64 if wide else torch.float32, device=tensor.device if beside else "cpu"
+        )
+        return {"step": step, **{name: value.to(tensor.device) for name, value in entry.tensors.items()}}
+
+
+def _rehearse(parameter: torch.Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
+    """Has torch step a parameter that is nobody's, for the errors that it raises."""
+    parameter.grad = torch.zeros_like(parameter)
+    stand_in = SimpleNamespace(state=defaultdict(dict, {parameter: entry}))
+    lists: list[list[Any]] = [[] for _ in range(6)]
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+    init_group: Any = torch.optim.Adam._init_group  # noqa: SLF001  # raises what belongs to a state
+    init_group(stand_in, dict(group, params=[parameter]), *lists)
+    beta1, beta2 = group["betas"]
+    adam(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=False,
+        fused=group["fused"],
+        has_complex=parameter.is_complex(),
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+
+
+def _kind(value: Any) -> Any:
+    """What of a number decides whether torch takes it."""
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.shape, value.device)
+    return type(value)
 
 
 class Adam(_AdamRule, torch.optim.Adam):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -28,6 +29,61 @@ def describe(tensor: torch.Tensor, name: str, master_dtype: torch.dtype | None =
     if master_dtype is not None and not is_master_of(master_dtype, tensor.dtype):
         master_dtype = None
     return Parameter(name, tensor.dtype, tuple(tensor.shape), memory_order(tensor), master_dtype)
+
+
+def describe_groups(
+    groups: Sequence[Mapping[str, Any]], master_dtype: torch.dtype | None = None, first: int = 0
+) -> list[Parameter]:
+    """Describes the parameters of torch's param_groups, in order.
+
+    Args:
+        groups: The groups.
+        master_dtype: As in `describe`.
+        first: The index of their first parameter, for messages.
+
+    Raises:
+        ValueError: one of them cannot be held by a server; it is named.
+    """
+    described: list[Parameter] = []
+    for group in groups:
+        for tensor, title in zip(group["params"], titles(group), strict=True):
+            try:
+                described.append(describe(tensor, title, master_dtype))
+            except ValueError as error:
+                index = first + len(described)
+                name = f"parameter {index} ({title})" if title else f"parameter {index}"
+                raise ValueError(f"{name}: {error}") from error
+    return described
+
+
+def titles(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters; empty ones where it has none, or not as many."""
+    named = group.get("param_names") or ()
+    return list(named) if len(named) == len(group["params"]) else [""] * len(group["params"])
+
+
+def gradients(tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]) -> list[torch.Tensor | None]:
+    """The gradients of parameters, None where they have none.
+
+    Args:
+        tensors: The parameters.
+        parameters: What describes them.
+
+    Raises:
+        RuntimeError: one is sparse, or of another shape or dtype than its parameter.
+    """
+    grads = []
+    for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
+        grad = tensor.grad
+        if grad is not None and grad.layout is not torch.strided:
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        if grad is not None and (grad.dtype != tensor.dtype or grad.shape != tensor.shape):
+            raise RuntimeError(
+                f"{parameter.title(index)} is {tensor.dtype} {list(tensor.shape)}, its gradient {grad.dtype} "
+                f"{list(grad.shape)}; they have to be alike"
+            )
+        grads.append(grad)
+    return grads
 
 
 class FlatReader:

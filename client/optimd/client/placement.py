@@ -70,6 +70,8 @@ class Placement:
     find_server: Callable[[], str]
     """The server's address. Starts the embedded server where that is meant; blocks meanwhile."""
     request: JobRequest
+    world_size: int
+    """How many workers train."""
 
 
 def place(
@@ -124,6 +126,7 @@ def place(
     default_id = environment.default_worker_id if options.rank is None else f"{environment.host}-{rank}"
     worker_id = options.worker_id or default_id
     return Placement(
+        world_size=world_size,
         find_server=(lambda: address) if address is not None else (lambda: embedded_server(group).address),
         request=JobRequest(
             job=names.take(name, worker_id),

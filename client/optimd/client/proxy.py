@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar, overload
@@ -18,15 +18,17 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
-from optimd.client.exceptions import JobMismatchError, OptimizerClosedError
+from optimd.client.exceptions import AccumulationLostError, ConfigurationError, JobMismatchError, OptimizerClosedError
 from optimd.client.masterstate import remembering_what_is_loaded, unrounded
 from optimd.client.options import ProxyOptions
-from optimd.client.parameters import describe, refuse_shared_memory
+from optimd.client.parameters import describe_groups, gradients, refuse_shared_memory, titles
 from optimd.client.placement import names, place
+from optimd.client.pushes import Push
 from optimd.client.receipts import StepReceipt
 from optimd.client.remotestate import RemoteState
 from optimd.client.session import Session
 from optimd.client.statetransfer import RemoteEntry
+from optimd.client.tracker import ParameterTracker
 from optimd.wire.layout import Parameter
 
 P = ParamSpec("P")
@@ -36,9 +38,9 @@ T = TypeVar("T")
 class OptimizerProxy(Optimizer):
     """The part of a remote optimizer that every update rule shares.
 
-    Subclass it together with torch's class of the rule. Hooks, param_groups, `zero_grad`, schedulers and the form of
-    `state_dict` are torch's own. `step` pushes gradients and changed hyperparameters and receives the new parameters.
-    The process holds no optimizer state.
+    Subclass it together with torch's class of the rule. Hooks, param_groups, schedulers and the form of `state_dict`
+    are torch's own. `step` pushes gradients, changed hyperparameters and whatever else was changed since the last step,
+    and receives the new parameters. The process holds no optimizer state.
 
     All methods that reach the server block. An optimizer is not thread-safe, as torch's are not.
     """
@@ -49,13 +51,26 @@ class OptimizerProxy(Optimizer):
     _state_tensors: ClassVar[tuple[str, ...]]
     """The tensors that the rule may keep for a parameter, by torch's keys, besides `step`."""
 
-    _session: Session | None = None
-    _finalizer: weakref.finalize[..., Any] | None = None
-    _loading: Sequence[StateDict] = ()
+    # Values are given in `__new__`, not here: trainers wrap an optimizer in an object of a class derived from the
+    # optimizer's, which forwards only the attributes that it does not find.
+    _session: Session | None
+    _tracker: ParameterTracker
+    _finalizer: weakref.finalize[..., Any] | None
+    _warned_of_disagreement: bool
+    _loading: Sequence[StateDict]
     """While a state_dict is being loaded, what torch was given to load."""
-    _warned_of_disagreement = False
-    last_receipt: StepReceipt | None = None
+    _state_here: dict[Any, Any] | None
+    """The state, while it is in this process: where steps are made here, and for torch's methods to work on."""
+    last_receipt: StepReceipt | None
     """What became of the last `step()`; None before the first."""
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        """An optimizer that has opened no job yet."""
+        optimizer = super().__new__(cls)
+        optimizer._session = optimizer._finalizer = optimizer._state_here = optimizer.last_receipt = None
+        optimizer._warned_of_disagreement = False
+        optimizer._loading = ()
+        return optimizer
 
     def _connect(
         self, server: str | None, job: str | None, options: ProxyOptions | None, *, private: bool = False
@@ -66,11 +81,11 @@ class OptimizerProxy(Optimizer):
             ValueError: parameters that a server cannot hold, or that share memory.
             OptimdError: the job cannot be opened.
         """
-        self._requested = (server, options or ProxyOptions())
-        tensors = self._tensors()
-        parameters = self._described(self.param_groups)
-        refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
         options = options or ProxyOptions()
+        self._requested = (server, options)
+        tensors = self._tensors()
+        parameters = describe_groups(self.param_groups, options.master_dtype)
+        refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
         placement = place(server, job, options, read_environment(), rule=self._rule, private=private)
         name = (placement.request.job, placement.request.worker_id)
         connection: Connection | None = None
@@ -78,6 +93,7 @@ class OptimizerProxy(Optimizer):
             connection = Connection(placement.find_server())
             connection.probe(options.retry_timeout_s)
             session = Session(connection, placement.request)
+            self._check_place_of_steps(placement.world_size)
             adopted = session.open(self.param_groups, tensors, parameters)
         except BaseException:
             names.give_back(*name)
@@ -88,6 +104,8 @@ class OptimizerProxy(Optimizer):
         self._finalizer = weakref.finalize(self, _let_go, session)
         for group, options_of_job in zip(self.param_groups, adopted or (), strict=False):
             _adopt(group, options_of_job)
+        self._tracker = ParameterTracker(self._state_tensors)
+        self._settle()
 
     # --- where it is
 
@@ -137,24 +155,72 @@ class OptimizerProxy(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or torch refuses the update.
             OptimdError: the step failed. Gradients are as they were.
+            Exception: what torch's own step would raise. Nothing has changed.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("an optimizer at the other end of a line cannot be captured in a CUDA graph")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         session = self._open_session()
         tensors = self._tensors()
-        grads = self._gradients(session, tensors)
-        receipt = session.step(self.param_groups, tensors, grads)
+        push = self._step_here(session, tensors) if self._is_made_here() else self._push(session, tensors)
+        receipt = session.step(push, tensors)
         self.last_receipt = receipt
+        if receipt.outcome == "applied":
+            self._settle()
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             warnings.warn(
                 f"step {receipt.step}: the workers' param_groups differ; those of the lowest rank hold", stacklevel=3
             )
         return loss
+
+    def accumulate(self) -> None:
+        """Hands the gradients to the server, which adds them up for the next step; they are None afterwards.
+
+        For micro-batches: call it after each backward, so that no gradient has to be kept meanwhile. `step` adds what
+        gradients there are then. Returns when the server holds the sum.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            ConfigurationError: the step is made in this process (`differentiable=True`).
+            OptimdError: the gradients are not held. They are as they were.
+        """
+        if self._is_made_here():
+            raise ConfigurationError("accumulate() leaves gradients to the server, and this step is made in the worker")
+        session = self._open_session()
+        tensors = self._tensors()
+        self._follow_layout(session, tensors)
+        session.accumulate(len(self.param_groups), gradients(tensors, session.parameters))
+        for tensor in tensors:
+            tensor.grad = None
+
+    def push_parameters(self) -> None:
+        """Has the next step bring all parameters as they are then, before anything is updated.
+
+        Only needed for what goes unnoticed: writes to a few elements of large tensors through `.data`. Does not reach
+        the server.
+        """
+        self._open_session()
+        self._tracker.touch()
+
+    @torch.no_grad()
+    def pull_parameters(self) -> None:
+        """Receives the job's parameters in place. What was written into them since the last step is lost.
+
+        Raises:
+            JobMismatchError: their number, shapes or dtypes have changed.
+            OptimdError: the server cannot be read.
+        """
+        session = self._open_session()
+        tensors = self._tensors()
+        if self._tracker.layout_differs(session.parameters, session.group_sizes, self.param_groups):
+            raise JobMismatchError("the parameters have other shapes or dtypes than the job's; step() brings it these")
+        session.pull(tensors)
+        self._tracker.refresh(tensors)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, on the server too. Each worker of a job adds it between the same two steps.
@@ -171,28 +237,31 @@ class OptimizerProxy(Optimizer):
             _untraced(super().add_param_group)(param_group)
             group = self.param_groups[before]
             _refuse_repetition(group)
-            self._check_group(group)
             if self._session is not None:
-                tensors = self._tensors()
-                titles = [parameter.name for parameter in self._described(self.param_groups)]
-                refuse_shared_memory(tensors, titles)
-                added = group["params"]
-                adopted = self._session.add_group(group, added, self._described([group], len(tensors) - len(added)))
+                tensors, added = self._tensors(), group["params"]
+                refuse_shared_memory(tensors, [title for known in self.param_groups for title in titles(known)])
+                described = self._described([group], len(tensors) - len(added))
+                adopted = self._session.add_group(group, added, described)
                 if adopted is not None:
                     _adopt(group, adopted)
+                self._tracker.grow(tensors)
         except BaseException:
             del self.param_groups[before:]
             raise
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Refuses, in the constructor and in `add_param_group`, options that no server can step with."""
-
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002  # torch's signature
-        """Clears the gradients, as torch's does. Does not reach the server.
+        """Clears the gradients, as torch's does, and what the server holds of `accumulate`.
+
+        Reaches the server only where it holds something.
 
         Args:
             set_to_none: Whether gradients become None rather than zero.
+
+        Raises:
+            OptimdError: the server could not be told.
         """
+        if self._session is not None:
+            self._session.discard_accumulated()
         _untraced(super().zero_grad)(set_to_none)
 
     def state_dict(self) -> StateDict:
@@ -201,13 +270,12 @@ class OptimizerProxy(Optimizer):
         Raises:
             OptimdError: the server cannot be read.
         """
-        if "state" in self.__dict__:
-            # A hook of load_state_dict looks at what is being loaded, before the server has it.
+        if self._state_here is not None:
+            # It lives here; or a hook of load_state_dict looks at what is being loaded, before the server has it.
             return _untraced(super().state_dict)()
-        with self._state_here():
-            own = self._tensors()
-            for index, entry in self._fetch().items():
-                self.state[own[index]] = entry
+        content = self._content()
+        with self._having_state():
+            self.state.update(content)
             return _untraced(super().state_dict)()
 
     def load_state_dict(self, state_dict: StateDict, *, force: bool = False) -> None:
@@ -225,34 +293,43 @@ class OptimizerProxy(Optimizer):
             OptimdError: the job does not take it. The param_groups are as they were.
         """
         session = self._open_session()
+        self._follow_layout(session, self._tensors())
         before = self.param_groups
+        lives_here = self._state_here is not None
         try:
-            with self._state_here(), remembering_what_is_loaded(self) as self._loading:
+            with self._having_state(), remembering_what_is_loaded(self) as self._loading:
                 _untraced(super().load_state_dict)(state_dict)
                 session.load(self.param_groups, self._entries_here(), force=force)
+                loaded = self.state
         except BaseException:
             self.param_groups = before
             raise
         finally:
             self._loading = ()
+        if lives_here:
+            self._state_here = loaded
+        else:
+            self._tracker.cache.replace(loaded, self._fetcher())
 
     @property
     def state(self) -> Any:
         """The optimizer state, by parameter: a `RemoteState`."""
-        here = self.__dict__.get("state")
-        return RemoteState(self._tensors, self._fetch) if here is None else here
+        if self._state_here is not None:
+            return self._state_here
+        return RemoteState(self._tracker.cache, self._fetch, self._fetcher(), self._stepped)
 
     @state.setter
     def state(self, value: Any) -> None:
-        # torch's constructor gives every optimizer an empty one. This one's is on the server.
-        if value:
-            raise AttributeError("the state is on the server; load_state_dict replaces it")
+        # torch's constructor gives every optimizer an empty one, before there is a server.
+        if self._session is not None:
+            state = self.state
+            state.clear()
+            state.update(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = self._tensors()
         return {
             "defaults": self.defaults,
-            "state": {own[index]: entry for index, entry in self._fetch().items()},
+            "state": self._content(),
             "param_groups": self.param_groups,
             "_requested": self._requested,
         }
@@ -260,18 +337,19 @@ class OptimizerProxy(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._session is not None:
             # torch's load_state_dict, on its way: it has rounded what the server keeps in a master dtype.
-            super().__setstate__(state)
+            self._state_here = state["state"]
             for loaded in self._loading:
                 described = self._open_session().parameters
                 for parameter, entry in unrounded(loaded, self._tensors(), described, self._state_tensors):
                     self.state[parameter].update(entry)
+            super().__setstate__({key: value for key, value in state.items() if key != "state"})
             return
         # A copy, or what comes out of a pickle: a job of its own with the same state.
         state = dict(state)
         server, options = state.pop("_requested", (None, ProxyOptions()))
         here = defaultdict(dict, state.pop("state"))
-        with self._state_here():
-            super().__setstate__({**state, "state": here})
+        with self._having_state(here):
+            super().__setstate__(state)
             entries = self._entries_here()
         aggregation = dataclasses.replace(options.aggregation, world_size=None)
         alone = dataclasses.replace(
@@ -279,6 +357,16 @@ class OptimizerProxy(Optimizer):
         )
         self._connect(server, None, alone, private=True)
         self._open_session().load(self.param_groups, entries, force=False)
+        self._tracker.cache.replace(here, self._fetcher())
+        if self._is_made_here():
+            self._state_here = here
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        session = self._session
+        if session is None:
+            return text
+        return f"{text} on {session.address}, job {session.job}, step {session.job_step}"
 
     # --- leaving
 
@@ -308,57 +396,169 @@ class OptimizerProxy(Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _described(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[Parameter]:
-        described = []
-        master_dtype = self._requested[1].master_dtype
-        for group in groups:
-            titles = group.get("param_names") or [""] * len(group["params"])
-            for tensor, title in zip(group["params"], titles, strict=True):
-                try:
-                    described.append(describe(tensor, title, master_dtype))
-                except ValueError as error:
-                    index = first + len(described)
-                    name = f"parameter {index} ({title})" if title else f"parameter {index}"
-                    raise ValueError(f"{name}: {error}") from error
-        return described
+        return describe_groups(groups, self._requested[1].master_dtype, first)
 
-    def _gradients(self, session: Session, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        grads = []
-        for index, (tensor, parameter) in enumerate(zip(tensors, session.parameters, strict=True)):
-            grad = tensor.grad
-            if tensor.dtype != parameter.dtype or tuple(tensor.shape) != parameter.shape:
-                raise JobMismatchError(
-                    f"{parameter.title(index)} has become {tensor.dtype} {list(tensor.shape)}; the job has "
-                    f"{parameter.dtype} {list(parameter.shape)}"
-                )
-            if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-            if grad is not None and (grad.dtype != tensor.dtype or grad.shape != tensor.shape):
-                raise RuntimeError(
-                    f"{parameter.title(index)} is {tensor.dtype} {list(tensor.shape)}, its gradient {grad.dtype} "
-                    f"{list(grad.shape)}; they have to be alike"
-                )
-            grads.append(grad)
-        return grads
+    def _check_step(self, group: Mapping[str, Any], tensor: torch.Tensor, entry: Mapping[str, Any] | None) -> None:
+        """Raises what torch's own step would raise.
 
-    def _fetch(self, indices: Sequence[int] = (), *, tensors: bool = True) -> dict[int, dict[str, Any]]:
+        Args:
+            group: A param group.
+            tensor: One of its parameters.
+            entry: The parameter's state, where that is the question; else only the group's options are.
+        """
+
+    def _is_made_here(self) -> bool:
+        """Whether steps are made in this process, and only their results go to the server."""
+        return False
+
+    def _make_step(self) -> None:
+        """Makes a step in this process, where `_is_made_here`, with `self.state` in it."""
+        raise NotImplementedError
+
+    def _in_torchs_form(self, entry: RemoteEntry, tensor: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state as torch's step would have left it."""
+        raise NotImplementedError
+
+    def _check_place_of_steps(self, world_size: int) -> None:
+        if world_size > 1 and self._is_made_here():
+            raise ConfigurationError(
+                f"steps that are part of the autograd graph (differentiable=True) are made in the worker, and "
+                f"{world_size} workers would make different ones; use one worker"
+            )
+
+    def _push(self, session: Session, tensors: Sequence[torch.Tensor]) -> Push:
+        """What the next step brings."""
+        if self._state_here is not None:
+            # Steps were made here until now.
+            left, self._state_here = self._state_here, None
+            self.state.update(left)
+        for group in self.param_groups:
+            for tensor in group["params"][:1]:
+                self._check_step(group, tensor, None)
+        self._follow_layout(session, tensors)
+        grads = gradients(tensors, session.parameters)
+        changes = self._tracker.changes(tensors)
+        if changes.states:
+            self._check_states(session, changes.states)
+        return Push(groups=self.param_groups, grads=grads, values=changes.values, states=changes.states)
+
+    def _step_here(self, session: Session, tensors: Sequence[torch.Tensor]) -> Push:
+        """Makes the step in this process. What it led to is what goes to the server."""
+        if self._state_here is None:
+            self._state_here = defaultdict(dict, self._content())
+        self._follow_layout(session, tensors)
+        self._make_step()
+        return Push(
+            groups=self.param_groups,
+            grads=[None] * len(tensors),
+            values=dict(enumerate(tensors)),
+            states=self._entries_here(),
+        )
+
+    def _follow_layout(self, session: Session, tensors: Sequence[torch.Tensor]) -> None:
+        """Has the job take the parameters as they are now, if their number, shapes or dtypes are not the job's.
+
+        Raises:
+            AccumulationLostError: the server holds gradients of the parameters as they were.
+            Exception: what torch raises of a state that does not fit its parameter any more.
+        """
+        if not self._tracker.layout_differs(session.parameters, session.group_sizes, self.param_groups):
+            return
+        if session.holds_gradients:
+            raise AccumulationLostError(
+                "the parameters were replaced while the server holds gradients of them; call zero_grad() first"
+            )
+        described = self._described(self.param_groups)
+        refuse_shared_memory(tensors, [parameter.name for parameter in described])
+        carried = self._tracker.carried(tensors, described, session.parameters)
+        if self._state_here is None:
+            edits = self._tracker.cache.edits()
+            unfit = {
+                origin: index
+                for index, tensor in enumerate(tensors)
+                if (origin := self._tracker.cache.index(tensor)) is not None
+                and index not in carried
+                and tensor not in edits
+            }
+            for origin in self._stepped() if unfit else ():
+                if origin in unfit:
+                    self._refuse_state(unfit[origin], self._fetch((origin,))[origin])
+        session.replace_layout(self.param_groups, tensors, described, carried)
+        self._tracker.relocate(tensors, self._fetcher())
+
+    def _check_states(self, session: Session, states: Mapping[int, RemoteEntry]) -> None:
+        for index, entry in states.items():
+            parameter = session.parameters[index]
+            if any(
+                # In the parameter's own dtype, as zeros_like gives it, it is as good: the server keeps it wider.
+                tensor.dtype not in (parameter.dtype, parameter.dtype_of(name))
+                or tuple(tensor.shape) != parameter.shape
+                for name, tensor in entry.tensors.items()
+            ):
+                self._refuse_state(index, {"step": torch.tensor(entry.step), **entry.tensors})
+
+    def _refuse_state(self, index: int, entry: Mapping[str, Any]) -> None:
+        tensor, group = self._owned()[index]
+        self._check_step(group, tensor, entry)
+        kinds = {name: (value.dtype, list(value.shape)) for name, value in entry.items() if name != "step"}
+        raise JobMismatchError(
+            f"parameter {index} is {tensor.dtype} {list(tensor.shape)}, its state {kinds}: they have to be alike"
+        )
+
+    def _settle(self) -> None:
+        """The server has what this process has."""
+        self._tracker.settle(self._tensors(), self._fetcher())
+
+    def _owned(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """The parameters with their groups."""
+        return [(tensor, group) for group in self.param_groups for tensor in group["params"]]
+
+    def _content(self) -> dict[Any, Any]:
+        """The whole state, as plain dicts."""
+        content = {}
+        for key, entry in self.state.items():
+            plain = entry.copy() if isinstance(entry, dict) else entry
+            if plain or not isinstance(key, torch.Tensor):
+                content[key] = plain
+        return content
+
+    def _fetch(self, indices: Sequence[int] = ()) -> dict[int, dict[str, Any]]:
         """The remote state of parameters in torch's form, by index: all of them where none is named."""
-        session = self._open_session()
-        entries, _ = session.read(self._state_tensors if tensors else (), indices)
-        own = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
-        return {index: _in_torchs_form(entries[index], *own[index]) for index in sorted(entries)}
+        entries, _ = self._open_session().read(self._state_tensors, indices)
+        groups = dict(self._owned())
+        fetched = {}
+        for index in sorted(entries):
+            tensor = self._tracker.known[index]
+            group = groups.get(tensor, self.defaults)
+            fetched[index] = self._in_torchs_form(entries[index], tensor, group)
+        return fetched
+
+    def _fetcher(self) -> Callable[[int], dict[str, Any]]:
+        """Fetches one parameter's state, without keeping the optimizer alive."""
+        optimizer = weakref.ref(self)
+
+        def fetch(index: int) -> dict[str, Any]:
+            here = optimizer()
+            if here is None:
+                raise OptimizerClosedError("the optimizer that this state belongs to is gone")
+            return here._fetch((index,)).get(index, {})  # noqa: SLF001  # its own
+
+        return fetch
+
+    def _stepped(self) -> Collection[int]:
+        """The indices of the parameters that have a state on the server."""
+        entries, _ = self._open_session().read(())
+        return sorted(entries)
 
     @contextmanager
-    def _state_here(self) -> Iterator[None]:
-        """Has `self.state` be a dict of this process for a while, for torch's methods to work on."""
-        before = self.__dict__.get("state")
-        self.__dict__["state"] = defaultdict(dict)
+    def _having_state(self, state: dict[Any, Any] | None = None) -> Iterator[None]:
+        """Has `self.state` be a dict of this process for a while, an empty one unless given, for torch's methods."""
+        before = self._state_here
+        self._state_here = defaultdict(dict) if state is None else state
         try:
             yield
         finally:
-            if before is None:
-                del self.__dict__["state"]
-            else:
-                self.__dict__["state"] = before
+            self._state_here = before
 
     def _entries_here(self) -> dict[int, RemoteEntry]:
         """What `self.state` holds, while it is here, as a server takes it.
@@ -367,11 +567,12 @@ class OptimizerProxy(Optimizer):
             JobMismatchError: a tensor has another shape than its parameter.
         """
         entries = {}
+        own = {"step", *self._state_tensors}
         for index, parameter in enumerate(self._tensors()):
             entry = self.state.get(parameter)
-            if not entry:
+            if not entry or own.isdisjoint(entry):
                 continue
-            tensors = {name: entry[name] for name in self._state_tensors if name in entry}
+            tensors = {name: entry[name].detach() for name in self._state_tensors if name in entry}
             for name, tensor in tensors.items():
                 if tensor.shape != parameter.shape:
                     raise JobMismatchError(
@@ -405,25 +606,14 @@ def _adopt(group: dict[str, Any], options: Mapping[str, Any]) -> None:
 
 
 def _refuse_repetition(group: Mapping[str, Any]) -> None:
-    titles = group.get("param_names") or [""] * len(group["params"])
     seen: dict[int, int] = {}
-    for index, (tensor, title) in enumerate(zip(group["params"], titles, strict=True)):
+    for index, (tensor, title) in enumerate(zip(group["params"], titles(group), strict=True)):
         if id(tensor) in seen:
             raise ValueError(
                 f"parameter {index} {title} of the group is the same tensor as parameter {seen[id(tensor)]}; give "
                 "each once"
             )
         seen[id(tensor)] = index
-
-
-def _in_torchs_form(entry: RemoteEntry, tensor: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as torch's step would have left it: dtype and device of `step` follow the kernel."""
-    beside = bool(group["capturable"] or group["fused"])
-    wide = torch.get_default_dtype() is torch.float64 and not group["fused"]
-    step = torch.tensor(
-        entry.step, dtype=torch.float64 if wide else torch.float32, device=tensor.device if beside else "cpu"
-    )
-    return {"step": step, **{name: value.to(tensor.device) for name, value in entry.tensors.items()}}
 
 
 def _let_go(session: Session) -> None:

@@ -2,41 +2,381 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+import copy
+import weakref
+from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, MutableMapping, Sequence, ValuesView
+from typing import Any, Final, NamedTuple
 
 import torch
 
+_PART: Final = 1 << 20
+"""How many elements are looked at at once: what that takes of memory is small beside a model."""
 
-class RemoteState(Mapping[torch.Tensor, Mapping[str, Any]]):
-    """A read-only view of the optimizer state on the server, by parameter.
 
-    Each look is a call to the server and gives new tensors: `opt.state[p]["exp_avg"]` blocks for as long as it takes to
-    fetch that parameter's state. A parameter that has never been updated has an empty entry, as in torch.
+class _Mark(NamedTuple):
+    """What a value of an entry was when it came from the server."""
+
+    kind: Any
+    digest: tuple[int, ...]
+
+
+class StateEntry(dict[str, Any]):
+    """`opt.state[p]`: a dict that is fetched from the server when it is first looked at, and again after each step.
+
+    What is put into it, and in-place changes of its tensors, reach the server with the next step. A tensor taken out of
+    it shows the state as it was then. Not thread-safe.
 
     Args:
-        parameters: Gives the optimizer's parameters, in order.
-        fetch: Fetches the state of the parameters with the given indices, or of all; without tensors if so told.
+        own: The keys that are the server's business.
+        fetch: Gives the entry's present content; None where it is not the server's.
+    """
+
+    def __init__(self, own: Collection[str], fetch: Callable[[], dict[str, Any]] | None = None) -> None:
+        super().__init__()
+        self._own = own
+        self._fetch = fetch
+        self._marks: dict[str, _Mark] = {}
+        self.is_fresh = fetch is None
+        """Whether it holds its content."""
+
+    def load(self) -> None:
+        """Fetches the content, unless it is there."""
+        if not self.is_fresh and self._fetch is not None:
+            self.fill(self._fetch())
+
+    def fill(self, content: Mapping[str, Any]) -> None:
+        """Takes `content` for what the server holds."""
+        self.is_fresh = True
+        super().clear()
+        super().update(content)
+        self._marks = {key: _marked(value) for key, value in content.items() if key in self._own}
+
+    def forget(self, fetch: Callable[[], dict[str, Any]]) -> None:
+        """The server has moved on: what is looked at next is fetched with `fetch`."""
+        self.is_fresh = False
+        self._fetch = fetch
+        super().clear()
+        self._marks = {}
+
+    def detach(self) -> None:
+        """Keeps the content, which is the server's no longer."""
+        self.load()
+        self._fetch = None
+        self._marks = {}
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether any of its own keys is not what the server holds."""
+        if not self.is_fresh:
+            return False
+        mine = {key for key in self._own if dict.__contains__(self, key)}
+        return mine != self._marks.keys() or any(
+            _marked(dict.__getitem__(self, key)) != self._marks[key] for key in mine
+        )
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dict of the content."""
+        self.load()
+        return dict(dict.items(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self.copy(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (dict, (self.copy(),))
+
+
+def _looking_first(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    def looking(self: StateEntry, *args: Any, **kwargs: Any) -> Any:
+        self.load()
+        return method(self, *args, **kwargs)
+
+    looking.__name__ = name
+    return looking
+
+
+for _name in (
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__or__", "__repr__"),
+    *("__ror__", "__setitem__", "clear", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
+):
+    setattr(StateEntry, _name, _looking_first(_name))
+
+
+class StateCache:
+    """What a process holds of the optimizer's state besides the server: entries looked at, edits, and foreign keys.
+
+    Not thread-safe.
+
+    Args:
+        own: torch's keys of the rule's own state; all others are foreign and stay in this process.
+    """
+
+    def __init__(self, own: Collection[str]) -> None:
+        self.own = frozenset(own)
+        self.known: list[torch.Tensor] = []
+        """The parameters whose state the server holds, by index."""
+        self._positions: dict[int, int] = {}
+        self.entries: dict[torch.Tensor, StateEntry] = {}
+        self.removed: set[torch.Tensor] = set()
+        self.foreign: dict[torch.Tensor, dict[str, Any]] = {}
+        self.others: dict[Any, Any] = {}
+        """What is kept under keys that are no parameters."""
+
+    def index(self, tensor: torch.Tensor) -> int | None:
+        """The index under which the server holds a parameter's state; None where it does not."""
+        return self._positions.get(id(tensor))
+
+    def edits(self) -> dict[torch.Tensor, StateEntry | None]:
+        """The parameters whose state was changed by hand, with their entries; None where it was taken away."""
+        edits: dict[torch.Tensor, StateEntry | None] = dict.fromkeys(self.removed)
+        edits.update((tensor, entry) for tensor, entry in self.entries.items() if entry.is_edited)
+        return edits
+
+    def settle(self, known: Sequence[torch.Tensor], fetch: Callable[[int], dict[str, Any]]) -> None:
+        """All edits are with the server, which has moved on.
+
+        Args:
+            known: The job's parameters.
+            fetch: Fetches the state of the parameter with a given index, without foreign keys.
+        """
+        for tensor, entry in self.entries.items():
+            if entry.is_fresh:
+                foreign = {key: value for key, value in dict.items(entry) if key not in self.own}
+                self.foreign[tensor] = foreign
+        self.know(known)
+        for tensor, entry in [*self.entries.items()]:
+            index = self.index(tensor)
+            if index is None:
+                entry.detach()
+                del self.entries[tensor]
+            else:
+                entry.forget(self.fetcher(tensor, index, fetch))
+        self.foreign = {tensor: keys for tensor, keys in self.foreign.items() if keys}
+        self.removed.clear()
+
+    def know(self, known: Sequence[torch.Tensor]) -> None:
+        """The server holds the state of these parameters, by index."""
+        if len(known) != len(self.known) or any(a is not b for a, b in zip(known, self.known, strict=True)):
+            self.known = list(known)
+            self._positions = {id(tensor): index for index, tensor in enumerate(known)}
+
+    def relocate(self, known: Sequence[torch.Tensor], fetch: Callable[[int], dict[str, Any]]) -> None:
+        """As `settle`, but that edits are still to be sent."""
+        edited = {tensor: entry for tensor, entry in self.entries.items() if entry.is_edited}
+        for tensor in edited:
+            del self.entries[tensor]
+        self.settle(known, fetch)
+        self.entries.update(edited)
+
+    def replace(self, content: Mapping[Any, Any], fetch: Callable[[int], dict[str, Any]]) -> None:
+        """The server has been given a whole state, without what is foreign to it.
+
+        Args:
+            content: The state, by parameter.
+            fetch: As in `settle`.
+        """
+        for entry in self.entries.values():
+            if entry.is_edited:
+                entry.detach()
+        self.entries = {tensor: entry for tensor, entry in self.entries.items() if not entry.is_edited}
+        self.settle(self.known, fetch)
+        self.foreign.clear()
+        self.others.clear()
+        for key, entry in content.items():
+            if isinstance(key, torch.Tensor):
+                self.foreign[key] = {name: value for name, value in entry.items() if name not in self.own}
+            else:
+                self.others[key] = entry
+        self.foreign = {tensor: keys for tensor, keys in self.foreign.items() if keys}
+
+    def fetcher(
+        self, tensor: torch.Tensor, index: int, fetch: Callable[[int], dict[str, Any]]
+    ) -> Callable[[], dict[str, Any]]:
+        """Fetches one parameter's entry, foreign keys included."""
+        # Entries do not keep the cache that holds them alive, and with it the parameters.
+        cache = weakref.ref(self)
+
+        def fetch_entry() -> dict[str, Any]:
+            here = cache()
+            return {**fetch(index), **(here.foreign.get(tensor, {}) if here is not None else {})}
+
+        return fetch_entry
+
+
+class RemoteState(MutableMapping[Any, Any]):
+    """The optimizer state by parameter, as torch's `opt.state`: a mapping that gives what it lacks an empty dict.
+
+    What is put into it reaches the server with the next step. A look at an entry is a call to the server and blocks;
+    `items` and `values` fetch all of it. Not thread-safe.
+
+    Args:
+        cache: What this process holds of it.
+        fetch: Fetches the state of the parameters with the given indices, or of all.
+        fetch_one: Fetches that of one. Must not keep the optimizer alive.
+        list_indices: Which parameters have a state on the server.
     """
 
     def __init__(
         self,
-        parameters: Callable[[], Sequence[torch.Tensor]],
-        fetch: Callable[..., dict[int, dict[str, Any]]],
+        cache: StateCache,
+        fetch: Callable[[Sequence[int]], dict[int, dict[str, Any]]],
+        fetch_one: Callable[[int], dict[str, Any]],
+        list_indices: Callable[[], Collection[int]],
     ) -> None:
-        self._parameters = parameters
+        self._cache = cache
         self._fetch = fetch
+        self._fetch_one = fetch_one
+        self._list_indices = list_indices
 
-    def __getitem__(self, parameter: torch.Tensor) -> Mapping[str, Any]:
-        for index, own in enumerate(self._parameters()):
-            if own is parameter:
-                return MappingProxyType(self._fetch((index,)).get(index, {}))
-        raise KeyError("not a parameter of this optimizer")
+    def __getitem__(self, key: Any) -> Any:
+        cache = self._cache
+        if not isinstance(key, torch.Tensor):
+            return cache.others.setdefault(key, {})
+        entry = cache.entries.get(key)
+        if entry is None:
+            index = None if key in cache.removed else cache.index(key)
+            if index is None:
+                entry = StateEntry(cache.own)
+                entry.update(cache.foreign.get(key, {}))
+            else:
+                entry = StateEntry(cache.own, cache.fetcher(key, index, self._fetch_one))
+            cache.entries[key] = entry
+        return entry
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        own = self._parameters()
-        return iter([own[index] for index in self._fetch((), tensors=False)])
+    def __setitem__(self, key: Any, value: Any) -> None:
+        cache = self._cache
+        if not isinstance(key, torch.Tensor):
+            cache.others[key] = value
+            return
+        before = cache.entries.get(key)
+        if before is value:
+            return
+        if before is not None:
+            before.detach()
+        if isinstance(value, StateEntry) and all(value is not entry for entry in cache.entries.values()):
+            # One that was taken out from under another parameter: whoever holds it goes on to write to this state.
+            entry = value
+            entry.detach()
+        else:
+            entry = StateEntry(cache.own)
+            entry.update(value)
+        cache.foreign.pop(key, None)
+        cache.entries[key] = entry
+        if not entry and cache.index(key) is not None:
+            cache.removed.add(key)
+        else:
+            cache.removed.discard(key)
+
+    def __delitem__(self, key: Any) -> None:
+        cache = self._cache
+        if not isinstance(key, torch.Tensor):
+            del cache.others[key]
+            return
+        if key not in self:
+            raise KeyError(key)
+        entry = cache.entries.get(key)
+        if entry is not None:
+            entry.detach()
+            del cache.entries[key]
+        cache.foreign.pop(key, None)
+        if cache.index(key) is not None:
+            cache.removed.add(key)
+
+    def __contains__(self, key: object) -> bool:
+        cache = self._cache
+        if not isinstance(key, torch.Tensor):
+            return key in cache.others
+        if key in cache.removed:
+            return bool(cache.entries.get(key))
+        entry = cache.entries.get(key)
+        if (entry is not None and entry.is_fresh) or key in cache.foreign:
+            return True
+        index = cache.index(key)
+        return index is not None and index in self._list_indices()
+
+    def __iter__(self) -> Iterator[Any]:
+        cache = self._cache
+        listed = set(self._list_indices())
+        keys: list[Any] = []
+        for index, tensor in enumerate(cache.known):
+            entry = cache.entries.get(tensor)
+            here = (entry is not None and entry.is_fresh) or tensor in cache.foreign
+            if here or (index in listed and tensor not in cache.removed):
+                keys.append(tensor)
+        keys += [tensor for tensor in cache.entries if cache.index(tensor) is None]
+        return iter([*keys, *cache.others])
 
     def __len__(self) -> int:
-        return len(self._fetch((), tensors=False))
+        return sum(1 for _ in self)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The entry of a parameter, or `default` where it has none. Adds none, as a look by `[]` does."""
+        if key not in self:
+            return default
+        return self[key]
+
+    def clear(self) -> None:
+        """Takes all state away: the next step starts anew."""
+        cache = self._cache
+        for entry in cache.entries.values():
+            entry.detach()
+        cache.entries.clear()
+        cache.foreign.clear()
+        cache.others.clear()
+        cache.removed = set(cache.known)
+
+    def copy(self) -> dict[Any, Any]:
+        """A dict of all entries."""
+        return dict(self.items())
+
+    def items(self) -> ItemsView[Any, Any]:
+        """All entries, fetched in one call."""
+        self._fetch_all()
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:
+        """All entries, fetched in one call."""
+        self._fetch_all()
+        return super().values()
+
+    def _fetch_all(self) -> None:
+        cache = self._cache
+        for index, content in self._fetch(()).items():
+            tensor = cache.known[index]
+            if tensor in cache.removed:
+                continue
+            entry = self[tensor]
+            if not entry.is_fresh:
+                entry.fill({**content, **cache.foreign.get(tensor, {})})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({dict(self.items())!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        return copy.deepcopy(self.copy(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (dict, (self.copy(),))
+
+
+def _marked(value: Any) -> _Mark:
+    if not isinstance(value, torch.Tensor):
+        return _Mark(value, ())
+    return _Mark((value.dtype, value.shape), _digest(value.detach()))
+
+
+def _digest(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two numbers that change with the content: in-place writes are not all seen by a tensor's version."""
+    flat = tensor.contiguous().view(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    integers = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()])
+    total = weighted = 0
+    for place, part in enumerate(torch.split(integers, _PART)):
+        wide = part.to(torch.int64)
+        total += int(wide.sum())
+        # What only changes places is seen too; the products wrap around.
+        weighted += (place + 1) * int((wide * (2 * torch.arange(len(wide), device=wide.device) + 1)).sum())
+    return total, weighted

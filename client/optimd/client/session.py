@@ -14,16 +14,23 @@ from typing import Any
 import torch
 
 from optimd.client.connection import Connection, TrainStream
-from optimd.client.exceptions import ConnectionLostError, OptimdError, OptimizerClosedError, ProtocolError
+from optimd.client.exceptions import (
+    AccumulationLostError,
+    ConnectionLostError,
+    OptimdError,
+    OptimizerClosedError,
+    ProtocolError,
+)
 from optimd.client.joblayout import JobLayout
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
+from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries
 from optimd.client.receipts import StepReceipt
 from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state, state_messages
 from optimd.client.translation import exception_of
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import GRADIENT, PARAMETER, encode_kind
+from optimd.wire.kinds import PARAMETER, encode_kind
 from optimd.wire.layout import Bucket, Parameter, decode_parameter, encode_parameter, unpack_present
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import decode_group, encode_group
@@ -68,6 +75,12 @@ class Session:
         # Of each group the options that the server knows this worker to have, serialised.
         self._sent_groups: list[bytes] = []
         self._load_count = 0
+        self._layout_count = 0
+        self._group_sizes: list[int] = []
+        # How often gradients were accumulated, or those held discarded, since the last step.
+        self._micro = 0
+        self.holds_gradients = False
+        """Whether the server holds gradients for the next step."""
         self.job_step = 0
         self.next_sequence = 0
         self.resumed = False
@@ -91,6 +104,11 @@ class Session:
     def parameters(self) -> Sequence[Parameter]:
         """The job's parameters."""
         return self._layout.parameters
+
+    @property
+    def group_sizes(self) -> Sequence[int]:
+        """How many parameters each of the job's groups has."""
+        return self._group_sizes
 
     # --- opening and growing
 
@@ -138,6 +156,38 @@ class Session:
             adopted = self._exchange_values([group], tensors, parameters)
             return None if adopted is None else adopted[0]
 
+    def replace_layout(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        tensors: Sequence[torch.Tensor],
+        parameters: Sequence[Parameter],
+        carried: Mapping[int, int],
+    ) -> None:
+        """Replaces the job's parameters and uploads their values, or receives them where another worker has done so.
+
+        Steps and sequence numbers go on; what was accumulated is lost.
+
+        Args:
+            groups: torch's param_groups.
+            tensors: Their parameters, in order.
+            parameters: What describes these.
+            carried: Which of them, by index, keep the state of which of the job's.
+
+        Raises:
+            OptimdError: the job does not take them.
+        """
+        stream = self._usable()
+        number = self._layout_count + 1
+        announcement = training_pb2.ReplaceLayout(layout_count=number)
+        messages = [
+            encode(training_pb2.TrainRequest(replace_layout=announcement)),
+            *self._layout_pages(0, groups, parameters, carried),
+        ]
+        with self._failing_for_good():
+            stream.send(messages)
+            self._exchange_values(groups, tensors, parameters, replaces=True)
+            self._nothing_held()
+
     def _opening(self, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]) -> Iterator[bytes]:
         request = self._request
         yield encode(
@@ -161,7 +211,11 @@ class Session:
         yield from self._layout_pages(0, groups, parameters)
 
     def _layout_pages(
-        self, first: int, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]
+        self,
+        first: int,
+        groups: Sequence[Mapping[str, Any]],
+        parameters: Sequence[Parameter],
+        carried: Mapping[int, int] | None = None,
     ) -> Iterator[bytes]:
         messages = (
             encode_group(index, self._request.rule, group, parameter_count=len(group["params"]))
@@ -169,6 +223,9 @@ class Session:
         )
         for page, _ in paginate(messages):
             yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(groups=page)))
+        pairs = (job_pb2.CarriedState(parameter=new, carried_from=old) for new, old in (carried or {}).items())
+        for carried_page, _ in paginate(pairs):
+            yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(carried=carried_page)))
         for specs, last in paginate(encode_parameter(parameter) for parameter in parameters):
             yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(parameters=specs, last=last)))
 
@@ -177,13 +234,19 @@ class Session:
         groups: Sequence[Mapping[str, Any]],
         tensors: Sequence[torch.Tensor],
         parameters: Sequence[Parameter],
+        *,
+        replaces: bool = False,
     ) -> list[dict[str, Any]] | None:
-        """From LayoutAccepted to JobReady."""
+        """From LayoutAccepted to JobReady. `replaces` says whether the parameters come in the place of the job's."""
         stream = self._usable()
         kind, message, _ = stream.expect("layout_accepted", "refused")
         if kind == "refused":
             raise _Refused(exception_of(message.refused))
         accepted = message.layout_accepted
+        if replaces:
+            self._layout = JobLayout()
+            self._sent_groups = []
+            self._group_sizes = []
         first_group = len(self._sent_groups)
         table = self._receive_table()
         adopted: list[dict[str, Any]] | None = None
@@ -196,6 +259,7 @@ class Session:
             raise ProtocolError(f"the server at {self.address} sent a wrong bucket table: {error}") from error
         for index, group in enumerate(groups if adopted is None else adopted, first_group):
             self._sent_groups.append(_serialised(encode_group(index, self._request.rule, group)))
+        self._group_sizes += [len(group["params"]) for group in groups]
         first = len(self._layout.parameters) - len(agreed)
         at = {first + offset: tensor for offset, tensor in enumerate(tensors)}
         _finish_on_devices(tensors)
@@ -208,6 +272,7 @@ class Session:
         self.job_step = message.ready.job_step
         self.next_sequence = message.ready.next_sequence
         self._load_count = message.ready.load_count
+        self._layout_count = message.ready.layout_count
         if accepted.resumed:
             self.resumed = True
             _log.warning("resuming %s at step %d", self.job, self.job_step)
@@ -250,18 +315,12 @@ class Session:
 
     # --- a step
 
-    def step(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        tensors: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor | None],
-    ) -> StepReceipt:
-        """Pushes gradients and changed hyperparameters; receives the updated parameters in place.
+    def step(self, push: Push, tensors: Sequence[torch.Tensor]) -> StepReceipt:
+        """Pushes gradients, changed hyperparameters, values and states; receives the updated parameters in place.
 
         Args:
-            groups: torch's param_groups as they are now.
-            tensors: Their parameters, in order, written to.
-            grads: By parameter, dense, of its shape and dtype; None where it has none. Not changed while this runs.
+            push: What the worker brings.
+            tensors: The parameters, in order, written to.
 
         Returns:
             What became of the push.
@@ -270,12 +329,25 @@ class Session:
             OptimdError: the step failed.
         """
         stream = self._usable()
-        _finish_on_devices(grads)
+        _finish_on_devices([*push.grads, *push.values.values()])
         # Here, not where they are sent: what cannot be encoded must not cost the stream.
-        pages = [page for page, _ in paginate(self._changed_groups(groups))]
+        group_pages = [page for page, _ in paginate(self._changed_groups(push.groups)) if page]
+        pushed_pages = pushed_entries(push)
+        begin = training_pb2.StepBegin(
+            sequence=self.next_sequence,
+            base_step=self.job_step,
+            group_count=len(push.groups),
+            load_count=self._load_count,
+            layout_count=self._layout_count,
+            param_group_pages=len(group_pages),
+            pushed_pages=len(pushed_pages),
+            micro=self._micro,
+            grad_scale=push.grad_scale,
+            skipped=push.skipped,
+        )
         sent, received = stream.bytes_sent, stream.bytes_received
         with self._failing_for_good():
-            stream.send(self._push(pages, len(groups), grads))
+            stream.send(push_messages(self._layout, push, begin, group_pages, pushed_pages))
             writer = FlatWriter(tensors, self._layout.parameters)
             while True:
                 kind, message, frame = stream.expect("bucket", "receipt", "refused")
@@ -289,50 +361,50 @@ class Session:
             else:
                 self.job_step = message.receipt.step
                 self.next_sequence = message.receipt.sequence + 1
-        _raise_refusal(kind, message)
-        receipt = message.receipt
-        outcome = training_pb2.StepOutcome.Name(receipt.outcome).removeprefix("STEP_OUTCOME_").lower()
-        return StepReceipt(
-            sequence=receipt.sequence,
-            step=receipt.step,
-            outcome=outcome,
-            contributors=tuple(receipt.contributors),
-            partial_contributors=tuple(receipt.partial_contributors),
-            hyperparameters_disagreed=receipt.hyperparameters_disagreed,
-            grad_norm=receipt.grad_norm if receipt.HasField("grad_norm") else None,
+                self._nothing_held()
+        self._raise_refusal(kind, message)
+        return StepReceipt.from_message(
+            message.receipt,
             bytes_sent=stream.bytes_sent - sent,
             bytes_received=stream.bytes_received - received,
         )
 
-    def _push(
-        self,
-        pages: Sequence[Sequence[param_group_pb2.ParamGroup]],
-        group_count: int,
-        grads: Sequence[torch.Tensor | None],
-    ) -> Iterator[bytes]:
-        pages = [page for page in pages if page]
-        yield encode(
-            training_pb2.TrainRequest(
-                step_begin=training_pb2.StepBegin(
-                    sequence=self.next_sequence,
-                    base_step=self.job_step,
-                    group_count=group_count,
-                    load_count=self._load_count,
-                    param_group_pages=len(pages),
-                )
-            )
+    def accumulate(self, group_count: int, grads: Sequence[torch.Tensor | None]) -> None:
+        """Has the server add gradients to what it holds for this worker's next push. Returns when they are held.
+
+        Args:
+            group_count: How many param_groups the worker has.
+            grads: As in `Push`.
+
+        Raises:
+            OptimdError: they are not held.
+        """
+        stream = self._usable()
+        _finish_on_devices(grads)
+        begin = training_pb2.Accumulate(
+            sequence=self.next_sequence, micro=self._micro, group_count=group_count, layout_count=self._layout_count
         )
-        for page in pages:
-            message = param_group_pb2.ParamGroupsPage(groups=page)
-            yield encode(training_pb2.TrainRequest(param_groups=message))
-        reader = FlatReader(grads, self._layout.parameters)
-        count = 0
-        for bucket in self._layout.buckets:
-            present = [grads[piece.parameter] is not None for piece in bucket.slices]
-            if any(present):
-                yield bucket_message(GRADIENT, bucket, present, reader)
-                count += 1
-        yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
+        with self._failing_for_good():
+            stream.send(accumulation_messages(self._layout, grads, begin))
+            _, message, _ = stream.expect("accumulated")
+            self._micro = message.accumulated.micro
+            self.holds_gradients = True
+
+    def discard_accumulated(self) -> None:
+        """Has the server forget what it holds for this worker's next push. Without that, does not reach the server.
+
+        Raises:
+            OptimdError: the line is down.
+        """
+        if not self.holds_gradients:
+            return
+        stream = self._usable()
+        request = training_pb2.DiscardAccumulated(sequence=self.next_sequence, micro=self._micro)
+        with self._failing_for_good():
+            stream.send([encode(training_pb2.TrainRequest(discard_accumulated=request))])
+            _, message, _ = stream.expect("accumulated")
+            self._micro = message.accumulated.micro
+            self.holds_gradients = False
 
     def _changed_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
         messages = [encode_group(index, self._request.rule, group) for index, group in enumerate(groups)]
@@ -363,6 +435,15 @@ class Session:
         self._usable()
         return read_state(self._connection, self.job, self._layout, kinds, indices)
 
+    def pull(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Receives the job's values in place.
+
+        Raises:
+            OptimdError: the server cannot be read; some tensors may have been written to.
+        """
+        self._usable()
+        read_state(self._connection, self.job, self._layout, (PARAMETER,), into=dict(enumerate(tensors)))
+
     def load(self, groups: Sequence[Mapping[str, Any]], entries: Mapping[int, RemoteEntry], *, force: bool) -> None:
         """Replaces the job's whole state and its param_groups.
 
@@ -387,7 +468,7 @@ class Session:
                 if message.load_state_accepted.send_state:
                     stream.send(state_messages(self._layout, encoded, entries))
                 kind, message, _ = stream.expect("state_loaded", "refused")
-        _raise_refusal(kind, message)
+        self._raise_refusal(kind, message)
         self._load_count = message.state_loaded.load_count
         self._sent_groups = [_serialised(group) for group in encoded]
 
@@ -424,6 +505,17 @@ class Session:
             raise OptimizerClosedError("this optimizer is closed")
         return self._stream
 
+    def _raise_refusal(self, kind: str, message: training_pb2.TrainResponse) -> None:
+        if kind == "refused":
+            error = exception_of(message.refused)
+            if isinstance(error, AccumulationLostError):
+                self._nothing_held()
+            raise error
+
+    def _nothing_held(self) -> None:
+        self._micro = 0
+        self.holds_gradients = False
+
     @contextmanager
     def _failing_for_good(self) -> Iterator[None]:
         """What fails or is interrupted in the middle of an exchange leaves a stream that nobody can go on with."""
@@ -445,11 +537,6 @@ class _Refused(Exception):  # noqa: N818  # carries an error, and never leaves t
     def __init__(self, reason: OptimdError) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-def _raise_refusal(kind: str, message: training_pb2.TrainResponse) -> None:
-    if kind == "refused":
-        raise exception_of(message.refused)
 
 
 def _serialised(group: param_group_pb2.ParamGroup) -> bytes:

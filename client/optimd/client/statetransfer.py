@@ -34,7 +34,13 @@ def bucket_message(kind: str, bucket: Bucket, present: Sequence[bool], reader: F
 
 
 def read_state(
-    connection: Connection, job: str, layout: JobLayout, kinds: Sequence[str], indices: Sequence[int] = ()
+    connection: Connection,
+    job: str,
+    layout: JobLayout,
+    kinds: Sequence[str],
+    indices: Sequence[int] = (),
+    *,
+    into: dict[int, torch.Tensor] | None = None,
 ) -> tuple[dict[int, RemoteEntry], dict[int, torch.Tensor]]:
     """Reads a job's state, its values, or both. Blocks.
 
@@ -44,6 +50,7 @@ def read_state(
         layout: What the worker knows of the job.
         kinds: Keys of torch's state, and `PARAMETER` for values. With none, only steps are read.
         indices: The parameters wanted; none means all.
+        into: Where values are written to, by parameter index. None: to new tensors.
 
     Returns:
         The state of the wanted parameters that have one, and the values that were asked for, by parameter index: new
@@ -54,6 +61,8 @@ def read_state(
     """
     entries: dict[int, RemoteEntry] = {}
     tensors: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in kinds}
+    if into is not None:
+        tensors[PARAMETER] = into
     writers = {kind: FlatWriter(tensors[kind], layout.parameters) for kind in kinds}
     request = reading_pb2.ReadStateRequest(job=job, parameters=indices, tensors=[encode_kind(kind) for kind in kinds])
     for message, frame in connection.read_state(request):
@@ -70,6 +79,8 @@ def read_state(
             writers[kind].write(kind, bucket, present, frame.payload)
         except (KeyError, ValueError) as error:
             raise ProtocolError(f"the server at {connection.address} sent state that does not fit: {error}") from error
+    for writer in writers.values():
+        writer.flush()
     values = tensors.pop(PARAMETER, {})
     for kind, by_index in tensors.items():
         for index, tensor in by_index.items():

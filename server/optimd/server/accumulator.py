@@ -50,6 +50,20 @@ class GradientAccumulator:
             self._add_some(self._sum, payload, present)
         self.present = [a or b for a, b in zip(self.present, present, strict=True)]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been added."""
+        return not any(self.present)
+
+    def packed(self) -> torch.Tensor:
+        """The sum of the slices that anybody had a gradient for, flat, as a payload holds them."""
+        if self._sum is None:
+            return torch.empty(0, dtype=self._bucket.server_dtype, device=self._device)
+        if all(self.present):
+            return self._sum
+        pieces = torch.split(self._sum, self._lengths)
+        return torch.cat([piece for piece, here in zip(pieces, self.present, strict=True) if here])
+
     def reduced(self, divisor: int) -> list[torch.Tensor]:
         """The gradients of the slices that anybody had one for, divided by `divisor`. Views of the sum's memory.
 

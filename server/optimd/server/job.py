@@ -19,6 +19,7 @@ import torch
 from optimd.server import update
 from optimd.server.aggregation import Decision, SyncAggregator, Worker
 from optimd.server.errors import (
+    AccumulationLostError,
     InvalidFieldError,
     JobDeletedError,
     JobMismatchError,
@@ -54,6 +55,30 @@ class JobSettings:
     private: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a job and one of its workers stand between two steps."""
+
+    job_step: int
+    """How many steps are committed."""
+    next_sequence: int
+    """The number of the worker's next push."""
+    load_count: int
+    """How often a state_dict has been loaded."""
+    layout_count: int
+    """How often the parameters have been replaced."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Replacement:
+    """Parameters on their way in: they replace the job's when their values are there, or never."""
+
+    store: Store
+    groups: list[dict[str, Any]]
+    sizes: list[int]
+    carried: Sequence[tuple[int, int]]
+
+
 class JobPhase(Enum):
     """Where a job is in its life."""
 
@@ -83,23 +108,18 @@ class Job:
         self.groups: list[dict[str, Any]] = []
         self.group_sizes: list[int] = []
         self.load_count = 0
+        self.layout_count = 0
         self._load_digest = b""
         self._aggregator = SyncAggregator(world_size=settings.world_size, streaming=settings.apply == "streaming")
         self._members: dict[Worker, Member] = {}
         self._records: dict[str, WorkerRecord] = {}
-        self._stepper = Stepper(
-            name,
-            self.store,
-            self._members,
-            mean=settings.reduction == "mean",
-            max_grad_norm=settings.max_grad_norm,
-            nonfinite=settings.nonfinite,
-        )
+        self._stepper = self._new_stepper()
         self._readers = Readers(self._changed)
         self._draining = False
         # Who is uploading parameters or state, and the sizes to go back to if it does not finish.
         self._bringing: Member | None = None
         self._before_growth: tuple[int, int, int] | None = None
+        self._replacement: _Replacement | None = None
 
     # --- who is in it
 
@@ -171,16 +191,21 @@ class Job:
             member.speaks = creates
             self._changed.notify_all()
 
-    def welcome(self, member: Member) -> tuple[int, int, int]:
+    def welcome(self, member: Member) -> Standing:
         """The worker has all parameters.
 
         Returns:
-            The job's step, the worker's next sequence number, and how often a state_dict has been loaded.
+            Where the job and the worker stand.
         """
         with self._changed:
             member.ready = True
             self._changed.notify_all()
-            return self.step, self._record_locked(member.worker.worker_id).next_sequence, self.load_count
+            return Standing(
+                job_step=self.step,
+                next_sequence=self._record_locked(member.worker.worker_id).next_sequence,
+                load_count=self.load_count,
+                layout_count=self.layout_count,
+            )
 
     def disconnect(self, member: Member) -> None:
         """A worker's line is down: whatever waits on its behalf stops waiting. Its stream calls `leave` next."""
@@ -238,40 +263,127 @@ class Job:
 
         Raises:
             OutOfOrderError: a step is open.
-            UpdateRefusedError: torch, or a server, cannot step with a group's options.
+            UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
         """
-        offset = 0
-        for options, size in zip(groups, sizes, strict=True):
-            self._check_options(options, {parameter.server_dtype for parameter in parameters[offset : offset + size]})
-            offset += size
+        self._check_place_of_steps(groups)
         with self._changed:
             if self._aggregator.is_open:
                 raise OutOfOrderError("a param group cannot be added while a step is open")
             self._bringing = member
             self._before_growth = (len(self.groups), len(self.store.parameters), len(self.store.buckets))
-            buckets: list[Bucket] = []
-            first = len(self.store.parameters)
-            offset = 0
-            for size in sizes:
-                members = [(first + i, parameters[i]) for i in range(offset, offset + size)]
-                buckets += cut_buckets(
-                    members,
-                    group=len(self.group_sizes),
-                    first_id=len(self.store.buckets) + len(buckets),
-                    bucket_bytes=self.settings.bucket_bytes,
-                )
-                self.group_sizes.append(size)
-                offset += size
+            buckets = self._cut(self.store, len(self.groups), sizes, parameters)
+            self.group_sizes += sizes
             self.groups += [dict(group) for group in groups]
             member.groups += [dict(group) for group in groups]
             self.store.add(parameters, buckets)
             return buckets
 
-    def grown(self, member: Member) -> None:
-        """The values of the groups that a worker added are in place."""
+    def _cut(
+        self, store: Store, first_group: int, sizes: Sequence[int], parameters: Sequence[Parameter]
+    ) -> list[Bucket]:
+        """The buckets of new groups, behind those of `store`."""
+        buckets: list[Bucket] = []
+        first = len(store.parameters)
+        offset = 0
+        for group, size in enumerate(sizes, first_group):
+            buckets += cut_buckets(
+                [(first + i, parameters[i]) for i in range(offset, offset + size)],
+                group=group,
+                first_id=len(store.buckets) + len(buckets),
+                bucket_bytes=self.settings.bucket_bytes,
+            )
+            offset += size
+        return buckets
+
+    def await_replacement(
+        self, member: Member, *, layout_count: int, sizes: Sequence[int], parameters: Sequence[Parameter]
+    ) -> bool:
+        """Whether another worker has already replaced the parameters by these.
+
+        Waits until all workers have joined, and while one is bringing something.
+
+        Raises:
+            JobMismatchError: the other worker brought other ones, has begun a step without, or this one has missed one.
+            OutOfOrderError: the worker's line is down.
+            StepTimeoutError: it waited longer than `join_timeout_s`.
+            JobDeletedError: the job went away.
+        """
+        rank = member.worker.rank
         with self._changed:
+            self._await_company_locked(member)
+            if layout_count == self.layout_count and layout_count:
+                difference = first_difference(list(enumerate(self.store.parameters)), list(enumerate(parameters)))
+                if difference is None and list(sizes) != self.group_sizes:
+                    difference = f"the job's groups have {self.group_sizes} parameters, the worker's {list(sizes)}"
+                if difference is not None:
+                    raise JobMismatchError(
+                        f"rank {rank} replaces the parameters by others than another worker has: {difference}"
+                    )
+                return True
+            if layout_count != self.layout_count + 1:
+                raise JobMismatchError(
+                    f"this would be replacement {layout_count} of the parameters for rank {rank}, the job has had "
+                    f"{self.layout_count}"
+                )
+            if self._aggregator.is_open:
+                raise JobMismatchError(
+                    "another worker has begun the next step with the parameters as they were: every worker replaces "
+                    "them by equal ones between the same two steps"
+                )
+            self._bringing = member
+            return False
+
+    def replace(
+        self,
+        groups: Sequence[dict[str, Any]],
+        sizes: Sequence[int],
+        parameters: Sequence[Parameter],
+        carried: Sequence[tuple[int, int]],
+    ) -> Store:
+        """Takes memory for parameters that replace the job's. The job's stay in force until `grown` is called.
+
+        To be called once `await_replacement` has said that nobody else has brought them.
+
+        Args:
+            groups: All param_groups.
+            sizes: How many parameters each has.
+            parameters: All parameters.
+            carried: Which of them keep the state of which of the job's: pairs of indices.
+
+        Returns:
+            The store whose values the worker has to write.
+
+        Raises:
+            InvalidFieldError: a carried state is not of an equal parameter, or is carried twice.
+            UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
+        """
+        self._check_place_of_steps(groups)
+        store = Store(self.store.device)
+        store.add(parameters, self._cut(store, 0, sizes, parameters))
+        with self._changed:
+            for seen in zip(*carried, strict=True):
+                if len(set(seen)) != len(seen):
+                    raise InvalidFieldError("CarriedState", "a parameter is named twice")
+            for index, origin in carried:
+                if not (index < len(parameters) and origin < len(self.store.parameters)):
+                    raise InvalidFieldError("CarriedState", f"there are no parameters {index} and {origin}")
+                if not parameters[index].holds_like(self.store.parameters[origin]):
+                    raise InvalidFieldError(
+                        "CarriedState", f"parameter {index} cannot keep the state of {origin}, which is another kind"
+                    )
+            self._replacement = _Replacement(
+                store=store, groups=[dict(group) for group in groups], sizes=list(sizes), carried=carried
+            )
+            return store
+
+    def grown(self, member: Member) -> None:
+        """The values that a worker brought are in place. Waits for readers."""
+        with self._changed:
+            self._readers.wait()
             if self._bringing is member:
-                self._bringing = self._before_growth = None
+                if self._replacement is not None:
+                    self._put_in_force_locked(self._replacement)
+                self._bringing = self._before_growth = self._replacement = None
             if self.phase is JobPhase.CREATING:
                 self.phase = JobPhase.READY
             self._changed.notify_all()
@@ -335,12 +447,24 @@ class Job:
 
     # --- a push
 
-    def begin(self, member: Member, *, sequence: int, base_step: int, group_count: int, load_count: int) -> Round:
+    def begin(
+        self,
+        member: Member,
+        *,
+        sequence: int,
+        base_step: int,
+        group_count: int,
+        load_count: int,
+        layout_count: int,
+        micro: int,
+    ) -> Round:
         """A worker begins a push. Waits until the job is formed.
 
         Raises:
             OutOfOrderError: the sequence number or the base step is not the one due, or the worker's line is down.
-            JobMismatchError: the worker has missed a param group or a load.
+            JobMismatchError: the worker has missed a param group, a load or a replacement.
+            UpdateRefusedError: torch, or a server, cannot step with the worker's options.
+            AccumulationLostError: what the worker had accumulated is not held; counting starts anew.
             StepTimeoutError: too few workers joined within `join_timeout_s`.
             ShuttingDownError: the server is stopping.
             JobDeletedError: the job went away.
@@ -349,9 +473,7 @@ class Job:
             self._await_company_locked(member)
             if self._draining:
                 raise ShuttingDownError("the server is shutting down")
-            due = self._record_locked(member.worker.worker_id).next_sequence
-            if sequence != due:
-                raise OutOfOrderError(f"StepBegin.sequence is {sequence}; {due} is due")
+            self._check_sequence_locked(member, "StepBegin", sequence)
             if base_step != self.step:
                 raise OutOfOrderError(f"StepBegin.base_step is {base_step}; the job stands at {self.step}")
             if group_count != len(self.groups):
@@ -364,6 +486,16 @@ class Job:
                     f"rank {member.worker.rank} has loaded {load_count} state_dicts, the job {self.load_count}: "
                     "every worker loads an equal one between the same two steps"
                 )
+            self._check_layout_count_locked(member, layout_count)
+            if micro != member.held.micro or member.held.spent:
+                held = 0 if member.held.spent else member.held.micro
+                member.held.forget()
+                raise AccumulationLostError(
+                    f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
+                    "compute the gradients again"
+                )
+            for index, options in enumerate(member.groups):
+                self._check_options(options, self._dtypes_of_locked(index))
             self._aggregator.begin(member.worker)
             return self._stepper.open_round(self.groups)
 
@@ -372,14 +504,25 @@ class Job:
 
         Raises:
             InvalidFieldError: there is no such group.
-            UpdateRefusedError: torch, or a server, cannot step with the options. Those before hold.
         """
         with self._changed:
             if group >= len(member.groups):
                 raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
-            self._check_options(options, self._dtypes_of_locked(group))
             member.groups[group] = options
             member.speaks = True
+
+    def bring(self, member: Member, round_: Round, staged: StagedState) -> None:
+        """A worker has brought all that it changed outside of steps, between `begin` and its first gradient.
+
+        Raises:
+            RequestError: the step has failed in another worker's hands.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
+        """
+        with self._changed:
+            self._check_alive_locked(member)
+            self._check_sound_locked(round_)
+            round_.pushed.bring(member.worker, staged)
 
     def push(self, member: Member, round_: Round, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         """A worker pushes the gradients of one bucket; applies what that completes. Waits for readers.
@@ -401,16 +544,7 @@ class Job:
             self._readers.wait()
             self._check_alive_locked(member)
             self._check_sound_locked(round_)
-            step = self.step
-            decisions = self._aggregator.push(member.worker, bucket.bucket_id)
-            try:
-                self._stepper.contribute(member.worker, bucket, present, payload, decisions)
-            except Exception:
-                self._aggregator.forget_step(step)
-                self._changed.notify_all()
-                raise
-            if decisions:
-                self._changed.notify_all()
+            self._contribute_locked(member.worker, bucket, *member.held.take(bucket, present, payload))
 
     def end(self, member: Member, round_: Round) -> None:
         """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.
@@ -426,6 +560,9 @@ class Job:
             self._readers.wait()
             self._check_alive_locked(member)
             self._check_sound_locked(round_)
+            for bucket_id, present, payload in member.held.rest():
+                self._contribute_locked(member.worker, self.store.buckets[bucket_id], present, payload)
+            member.held.spend()
             step = self.step
             self._settle_locked(self._aggregator.end(member.worker), step)
 
@@ -450,6 +587,57 @@ class Job:
             )
             self._check_sound_locked(round_)
             return len(round_.applied)
+
+    # --- gradients without a step
+
+    def begin_accumulation(
+        self, member: Member, *, sequence: int, micro: int, group_count: int, layout_count: int
+    ) -> bool:
+        """A worker brings gradients to be held for its next push. Does not wait.
+
+        Returns:
+            Whether they are new: False where they have been added already.
+
+        Raises:
+            OutOfOrderError: the sequence or the micro number is not one that is due, or the worker's line is down.
+            JobMismatchError: the worker has missed a param group or a replacement.
+            JobDeletedError: the job went away.
+        """
+        with self._changed:
+            self._check_alive_locked(member)
+            self._check_sequence_locked(member, "Accumulate", sequence)
+            if group_count != len(self.groups):
+                raise JobMismatchError(
+                    f"rank {member.worker.rank} has {group_count} param groups, the job has {len(self.groups)}"
+                )
+            self._check_layout_count_locked(member, layout_count)
+            if micro > member.held.micro:
+                raise OutOfOrderError(f"Accumulate.micro is {micro}; {member.held.micro} is due")
+            return micro == member.held.micro
+
+    def accumulate(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+        """Adds the gradients of one bucket to what is held of the worker's. Only read, and not kept."""
+        with self._changed:
+            member.held.add(bucket, present, payload, self.store.device)
+
+    def end_accumulation(self, member: Member) -> None:
+        """A worker has brought all gradients of one accumulation."""
+        with self._changed:
+            member.held.micro += 1
+
+    def discard_accumulated(self, member: Member, *, sequence: int, micro: int) -> None:
+        """Forgets what is held of a worker's gradients. Does not wait.
+
+        Raises:
+            OutOfOrderError: the sequence or the micro number is not one that is due.
+        """
+        with self._changed:
+            self._check_sequence_locked(member, "DiscardAccumulated", sequence)
+            if micro > member.held.micro:
+                raise OutOfOrderError(f"DiscardAccumulated.micro is {micro}; {member.held.micro} is due")
+            if micro == member.held.micro:
+                member.held.discard()
+                member.held.micro += 1
 
     # --- its state
 
@@ -534,15 +722,14 @@ class Job:
             How often a state_dict has been loaded, this one included.
 
         Raises:
-            UpdateRefusedError: torch, or a server, cannot step with a group's options.
+            UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
             OutOfOrderError: the worker's line is down.
             JobDeletedError: the job went away.
         """
+        self._check_place_of_steps(groups)
         with self._changed:
             self._readers.wait()
             self._check_alive_locked(member)
-            for index, options in enumerate(groups):
-                self._check_options(options, self._dtypes_of_locked(index))
             self.store.replace_state(staged)
             self.groups = [dict(group) for group in groups]
             for other in self._members.values():
@@ -554,6 +741,40 @@ class Job:
             return self.load_count
 
     # --- all below with self._changed held
+
+    def _contribute_locked(self, worker: Worker, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+        step = self.step
+        decisions = self._aggregator.push(worker, bucket.bucket_id)
+        try:
+            self._stepper.contribute(worker, bucket, present, payload, decisions)
+        except Exception:
+            self._aggregator.forget_step(step)
+            self._changed.notify_all()
+            raise
+        if decisions:
+            self._changed.notify_all()
+
+    def _put_in_force_locked(self, replacement: _Replacement) -> None:
+        for index, origin in replacement.carried:
+            replacement.store.carry_state(index, self.store, origin)
+        self.store = replacement.store
+        self._stepper = self._new_stepper()
+        self.groups = replacement.groups
+        self.group_sizes = replacement.sizes
+        self.layout_count += 1
+        for member in self._members.values():
+            member.groups = [dict(group) for group in self.groups]
+            member.held.forget()
+
+    def _new_stepper(self) -> Stepper:
+        return Stepper(
+            self.name,
+            self.store,
+            self._members,
+            mean=self.settings.reduction == "mean",
+            max_grad_norm=self.settings.max_grad_norm,
+            nonfinite=self.settings.nonfinite,
+        )
 
     def _settle_locked(self, decisions: Sequence[Decision], step: int) -> None:
         """Carries decisions out and makes what became of a step the job's. `step` were committed before."""
@@ -567,13 +788,19 @@ class Job:
         if round_ is not None and round_.commit is not None:
             self.groups = round_.groups
             for worker in round_.commit.contributors:
-                record = self._record_locked(worker.worker_id)
-                record.next_sequence += 1
-                record.pushes += 1
+                self._record_locked(worker.worker_id).pushes += 1
+            self._answer_locked(round_.commit.contributors)
         if round_ is not None and round_.skipped is not None:
             self._aggregator.forget_step(round_.skipped.step)
-            for worker in round_.skipped.pushes:
-                self._record_locked(worker.worker_id).next_sequence += 1
+            self._answer_locked(round_.skipped.pushes)
+
+    def _answer_locked(self, workers: Sequence[Worker]) -> None:
+        """The pushes of these workers are over: the next ones are due."""
+        for worker in workers:
+            self._record_locked(worker.worker_id).next_sequence += 1
+            member = self._members.get(worker)
+            if member is not None:
+                member.held.forget()
 
     def _take_back_growth_locked(self) -> None:
         """The worker that was uploading is gone: what it had added without its values goes with it."""
@@ -582,7 +809,7 @@ class Job:
             del self.groups[groups:]
             del self.group_sizes[groups:]
             self.store.truncate(parameters, buckets)
-        self._bringing = self._before_growth = None
+        self._bringing = self._before_growth = self._replacement = None
         self._changed.notify_all()
 
     def _check_sound_locked(self, round_: Round) -> None:
@@ -641,7 +868,28 @@ class Job:
     def _record_locked(self, worker_id: str) -> WorkerRecord:
         return self._records.setdefault(worker_id, WorkerRecord())
 
+    def _check_sequence_locked(self, member: Member, message: str, sequence: int) -> None:
+        due = self._record_locked(member.worker.worker_id).next_sequence
+        if sequence != due:
+            raise OutOfOrderError(f"{message}.sequence is {sequence}; {due} is due")
+
+    def _check_layout_count_locked(self, member: Member, layout_count: int) -> None:
+        if layout_count != self.layout_count:
+            raise JobMismatchError(
+                f"rank {member.worker.rank} has replaced its parameters {layout_count} times, the job's were replaced "
+                f"{self.layout_count} times: every worker replaces them by equal ones between the same two steps"
+            )
+
+    def _check_place_of_steps(self, groups: Sequence[dict[str, Any]]) -> None:
+        if self.settings.world_size > 1 and any(update.is_made_in_worker(options) for options in groups):
+            raise UpdateRefusedError(
+                "these options have the step made in the worker, which needs a job of one worker (world_size 1)"
+            )
+
     def _check_options(self, options: dict[str, Any], dtypes: Collection[torch.dtype]) -> None:
+        if update.is_made_in_worker(options):
+            # Its pushes bring values and states; a gradient would be refused where it is applied.
+            return
         for dtype in dtypes:
             refusal = update.refusal(options, dtype, self.store.device)
             if refusal:

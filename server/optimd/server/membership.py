@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Worker
+from optimd.wire.layout import Bucket
+
+
+class HeldGradients:
+    """What a worker has had accumulated for its next push. Guarded by its job's lock."""
+
+    def __init__(self) -> None:
+        self.micro = 0
+        """How many accumulations and discards there have been since the last push."""
+        self.spent = False
+        """Whether a push has taken what was accumulated: if that push is refused, it is lost."""
+        self._sums: dict[int, GradientAccumulator] = {}
+
+    def add(self, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor, device: torch.device) -> None:
+        """Adds the gradients of one bucket."""
+        held = self._sums.get(bucket.bucket_id)
+        if held is None:
+            held = self._sums[bucket.bucket_id] = GradientAccumulator(bucket, device)
+        held.add(payload, present)
+
+    def take(self, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> tuple[list[bool], torch.Tensor]:
+        """What is held of a bucket and these gradients, added in this order. Good until something is added anew."""
+        held = self._sums.get(bucket.bucket_id)
+        if held is None or held.is_empty:
+            return present, payload
+        held.add(payload, present)
+        return self._give(held)
+
+    def rest(self) -> Iterator[tuple[int, list[bool], torch.Tensor]]:
+        """What is held of buckets that `take` has not been asked for: id, slices and their gradients."""
+        for bucket_id in sorted(self._sums):
+            held = self._sums[bucket_id]
+            if not held.is_empty:
+                yield (bucket_id, *self._give(held))
+
+    def spend(self) -> None:
+        """A push has taken all that was held."""
+        self.spent = self.micro > 0
+        self._sums.clear()
+
+    def discard(self) -> None:
+        """Forgets what is held."""
+        self.spent = False
+        for held in self._sums.values():
+            held.clear()
+
+    def forget(self) -> None:
+        """The push is over, or the buckets are others now: nothing is held, and counting starts anew."""
+        self.micro = 0
+        self.spent = False
+        self._sums.clear()
+
+    @staticmethod
+    def _give(held: GradientAccumulator) -> tuple[list[bool], torch.Tensor]:
+        present, payload = held.present, held.packed()
+        held.clear()
+        return present, payload
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +84,8 @@ class Member:
     alive: bool = True
     bytes_received: int = 0
     bytes_sent: int = 0
+    held: HeldGradients = field(default_factory=HeldGradients)
+    """What it has had accumulated."""
 
 
 @dataclass(slots=True)

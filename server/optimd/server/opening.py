@@ -35,6 +35,8 @@ class WorkerLayout:
     sizes: list[int] = field(default_factory=list)
     """How many parameters each group has."""
     parameters: list[Parameter] = field(default_factory=list)
+    carried: list[tuple[int, int]] = field(default_factory=list)
+    """Of a replacement: which parameters keep the state of which of the job's, by index."""
     page_bytes: int = 0
     """What the pages that it came in took."""
 
@@ -152,6 +154,7 @@ def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int, first_gr
     for page in pages:
         layout.page_bytes += page.ByteSize()
         claimed += page.ByteSize() + _PARAMETER_OVERHEAD_BYTES * len(page.parameters)
+        layout.carried += [(carried.parameter, carried.carried_from) for carried in page.carried]
         for group in page.groups:
             if rule_of(group) != update.RULE:
                 raise UnsupportedError(

@@ -7,35 +7,24 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from optimd.server import update
-from optimd.server.errors import (
-    InvalidFieldError,
-    JobMismatchError,
-    LimitExceededError,
-    LoadNeedsForceError,
-    NonFiniteGradientError,
-    OutOfOrderError,
-    RequestError,
-    UpdateRefusedError,
-)
-from optimd.server.incoming import Incoming, SplitParameters, read_bucket
+from optimd.server.answers import DECLINED, decode_options, refusal, values
+from optimd.server.errors import InvalidFieldError, OutOfOrderError
+from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.membership import Member
 from optimd.server.opening import read_layout, read_opening
+from optimd.server.pushes import serve_accumulate, serve_discard, serve_step
 from optimd.server.registry import JobRegistry
-from optimd.server.stepping import Round
-from optimd.server.store import StagedState
-from optimd.v1 import errors_pb2, job_pb2, param_group_pb2, tensor_pb2, training_pb2
+from optimd.server.staging import read_entries, receive_staged
+from optimd.server.store import StagedState, Store
+from optimd.v1 import job_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind, encode_kind
-from optimd.wire.layout import Bucket, encode_bucket, encode_parameter, pack_present
+from optimd.wire.kinds import PARAMETER
+from optimd.wire.layout import Bucket, encode_bucket, encode_parameter
 from optimd.wire.paging import paginate
-from optimd.wire.param_groups import decode_group, encode_group
-from optimd.wire.reasons import encode_reason
+from optimd.wire.param_groups import encode_group
 
 _log = logging.getLogger(__name__)
-
-# What a worker can answer, by asking for something else: no reason to end its stream, and with it a private job.
-_ANSWERED = (UpdateRefusedError, JobMismatchError, LimitExceededError, LoadNeedsForceError)
 
 _APPLY = {"streaming": job_pb2.APPLY_MODE_STREAMING, "atomic": job_pb2.APPLY_MODE_ATOMIC}
 
@@ -102,9 +91,15 @@ class TrainSession:
             kind, message, _ = received
             match kind:
                 case "step_begin":
-                    yield from self._step(job, member, message.step_begin)
+                    yield from serve_step(self._incoming, job, member, message.step_begin)
+                case "accumulate":
+                    yield from serve_accumulate(self._incoming, job, member, message.accumulate)
+                case "discard_accumulated":
+                    yield from serve_discard(job, member, message.discard_accumulated)
                 case "add_param_group":
                     yield from self._add_param_group(job, member, message.add_param_group)
+                case "replace_layout":
+                    yield from self._replace_layout(job, member, message.replace_layout)
                 case "load_state":
                     yield from self._load_state(job, member, message.load_state)
                 case "leave":
@@ -155,15 +150,31 @@ class TrainSession:
                 if known
                 else job.grow(member, layout.groups, layout.sizes, layout.parameters)
             )
-        except _ANSWERED as error:
+        except DECLINED as error:
             for _ in pages:
                 pass
             job.give_up(member)
-            yield _refusal(error)
+            yield refusal(error)
             return
         yield from self._exchange_values(
             job, member, buckets, creates=not known, resumed=False, first_group=message.group
         )
+
+    def _replace_layout(self, job: Job, member: Member, message: training_pb2.ReplaceLayout) -> Iterator[bytes]:
+        pages = self._incoming.layout_pages()
+        try:
+            layout = read_layout(pages, max_bytes=self._registry.max_job_bytes)
+            known = job.await_replacement(
+                member, layout_count=message.layout_count, sizes=layout.sizes, parameters=layout.parameters
+            )
+            store = job.store if known else job.replace(layout.groups, layout.sizes, layout.parameters, layout.carried)
+        except DECLINED as error:
+            for _ in pages:
+                pass
+            job.give_up(member)
+            yield refusal(error)
+            return
+        yield from self._exchange_values(job, member, store.buckets, store=store, creates=not known, resumed=False)
 
     def _exchange_values(
         self,
@@ -173,9 +184,20 @@ class TrainSession:
         *,
         creates: bool,
         resumed: bool,
-        first_group: int,
+        first_group: int = 0,
+        store: Store | None = None,
     ) -> Iterator[bytes]:
-        """From LayoutAccepted to JobReady."""
+        """From LayoutAccepted to JobReady.
+
+        Args:
+            job: The job.
+            member: The worker.
+            buckets: Those of the new parameters.
+            creates: Whether the worker has to upload values, or is given the job's.
+            resumed: Whether it was given a job that has steps behind it.
+            first_group: The first of the new groups.
+            store: Where the values go, if not to the job's own store.
+        """
         yield encode(
             training_pb2.TrainResponse(
                 layout_accepted=job_pb2.LayoutAccepted(
@@ -191,89 +213,33 @@ class TrainSession:
             table = tensor_pb2.BucketTablePage(buckets=page, last=last)
             yield encode(training_pb2.TrainResponse(bucket_table=table))
         if creates:
-            self._receive_values(job, buckets)
+            self._receive_values(store or job.store, buckets)
             job.grown(member)
         else:
             for layout in _layout_pages(job, job.adopt_groups(member, first_group), first_group):
                 yield encode(training_pb2.TrainResponse(layout=layout))
             for bucket in buckets:
-                yield _values(job, bucket, [True] * len(bucket.slices))
-        step, sequence, load_count = job.welcome(member)
-        ready = job_pb2.JobReady(job_step=step, next_sequence=sequence, load_count=load_count)
+                yield values(job, bucket, [True] * len(bucket.slices))
+        standing = job.welcome(member)
+        ready = job_pb2.JobReady(
+            job_step=standing.job_step,
+            next_sequence=standing.next_sequence,
+            load_count=standing.load_count,
+            layout_count=standing.layout_count,
+        )
         yield encode(training_pb2.TrainResponse(ready=ready))
 
-    def _receive_values(self, job: Job, buckets: Sequence[Bucket]) -> None:
+    def _receive_values(self, store: Store, buckets: Sequence[Bucket]) -> None:
         awaited = {bucket.bucket_id for bucket in buckets}
         while awaited:
             _, message, frame = self._incoming.expect("bucket")
-            kind, bucket, present, payload = read_bucket(message.bucket, frame, job.store.buckets)
+            kind, bucket, present, payload = read_bucket(message.bucket, frame, store.buckets)
             if kind != PARAMETER or not all(present) or bucket.bucket_id not in awaited:
                 raise InvalidFieldError(
                     "TensorBucket", f"{kind} of bucket {bucket.bucket_id} came where the values of new buckets were due"
                 )
             awaited.discard(bucket.bucket_id)
-            job.store.write_values(bucket, payload)
-
-    # --- a step
-
-    def _step(self, job: Job, member: Member, begin: training_pb2.StepBegin) -> Iterator[bytes]:
-        try:
-            for _ in range(begin.param_group_pages):
-                _, message, _ = self._incoming.expect("param_groups")
-                for group in message.param_groups.groups:
-                    job.set_hyperparameters(member, group.index, _decode_group(group))
-        except UpdateRefusedError as error:
-            # Nothing has begun yet: the push is read to its end, and the stream goes on.
-            while self._incoming.expect("param_groups", "bucket", "step_end")[0] != "step_end":
-                pass
-            yield _refusal(error)
-            return
-        round_ = job.begin(
-            member,
-            sequence=begin.sequence,
-            base_step=begin.base_step,
-            group_count=begin.group_count,
-            load_count=begin.load_count,
-        )
-        pushed: set[int] = set()
-        split = SplitParameters(job.store)
-        sent = 0
-        while True:
-            kind, message, frame = self._incoming.expect("bucket", "step_end")
-            if kind == "step_end":
-                if message.step_end.bucket_count != len(pushed):
-                    raise InvalidFieldError(
-                        "StepEnd.bucket_count", f"{message.step_end.bucket_count}, but {len(pushed)} have come"
-                    )
-                split.check()
-                break
-            what, bucket, present, payload = read_bucket(message.bucket, frame, job.store.buckets)
-            if what != GRADIENT or bucket.bucket_id in pushed:
-                raise InvalidFieldError(
-                    "TensorBucket", f"{what} of bucket {bucket.bucket_id} has no place here, or came a second time"
-                )
-            pushed.add(bucket.bucket_id)
-            split.see(bucket, present)
-            job.push(member, round_, bucket, present, payload)
-            # Nothing may hold the received bytes while this thread waits for the next ones.
-            del message, frame, payload
-            for applied, slices in round_.applied[sent:]:
-                yield _values(job, job.store.buckets[applied], slices)
-                sent += 1
-        try:
-            job.end(member, round_)
-            while True:
-                count = job.await_progress(member, round_, sent)
-                for applied, slices in round_.applied[sent:count]:
-                    yield _values(job, job.store.buckets[applied], slices)
-                sent = count
-                if round_.is_answered and sent == len(round_.applied):
-                    break
-        except NonFiniteGradientError as error:
-            # Found out before anything was applied: the same push is due again.
-            yield _refusal(error)
-            return
-        yield _receipt(begin.sequence, round_)
+            store.write_values(bucket, payload)
 
     # --- a state_dict
 
@@ -287,9 +253,9 @@ class TrainSession:
             if needed:
                 groups, staged = self._receive_state(job)
                 load_count = job.finish_load(member, staged, groups, digest=message.digest)
-        except _ANSWERED as error:
+        except DECLINED as error:
             job.give_up(member)
-            yield _refusal(error)
+            yield refusal(error)
             return
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
@@ -297,47 +263,19 @@ class TrainSession:
         groups: list[dict[str, Any]] = []
         entries = []
         for page in self._incoming.state_dict_pages():
-            groups += [_decode_group(group) for group in page.param_groups]
-            for entry in page.state:
-                if entry.parameter >= len(job.store.parameters):
-                    raise InvalidFieldError("ParameterState.parameter", f"{entry.parameter} is unknown")
-                try:
-                    names = [decode_kind(number) for number in entry.tensors]
-                except ValueError as error:
-                    raise InvalidFieldError("ParameterState.tensors", str(error)) from error
-                if PARAMETER in names or GRADIENT in names:
-                    raise InvalidFieldError("ParameterState.tensors", "values and gradients are not state")
-                entries.append((entry.parameter, entry.step, names))
+            groups += [decode_options(group) for group in page.param_groups]
+            entries += read_entries(job.store, page.state)
         if len(groups) != len(job.groups):
             raise InvalidFieldError(
                 "StateDictPage.param_groups", f"there are {len(groups)}, the job has {len(job.groups)}"
             )
         staged = job.store.stage(entries)
-        received = 0
-        awaited = {
-            (kind, bucket.bucket_id)
-            for bucket in job.store.buckets
-            for kind in {name for _, _, names in entries for name in names}
-            if any(staged.expects(kind, bucket))
-        }
-        while True:
-            kind, message, frame = self._incoming.expect("bucket", "load_state_end")
-            if kind == "load_state_end":
-                break
-            what, bucket, present, payload = read_bucket(message.bucket, frame, job.store.buckets)
-            if (what, bucket.bucket_id) not in awaited or present != staged.expects(what, bucket):
-                raise InvalidFieldError(
-                    "TensorBucket", f"{what} of bucket {bucket.bucket_id} is not what the entries announced"
-                )
-            awaited.discard((what, bucket.bucket_id))
-            staged.write(what, bucket, present, payload)
-            received += 1
+        received = receive_staged(self._incoming, job.store, staged)
+        _, message, _ = self._incoming.expect("load_state_end")
         if message.load_state_end.bucket_count != received:
             raise InvalidFieldError(
                 "LoadStateEnd.bucket_count", f"{message.load_state_end.bucket_count}, but {received} have come"
             )
-        if awaited:
-            raise InvalidFieldError("LoadStateEnd", f"{len(awaited)} buckets of state are missing")
         return groups, staged
 
 
@@ -351,42 +289,3 @@ def _layout_pages(job: Job, groups: Sequence[dict[str, Any]], first_group: int) 
     specs = (encode_parameter(parameter) for _, parameter in job.group_parameters(first_group))
     for spec_page, last in paginate(specs):
         yield job_pb2.LayoutPage(parameters=spec_page, last=last)
-
-
-def _refusal(error: RequestError) -> bytes:
-    detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
-    return encode(training_pb2.TrainResponse(refused=detail))
-
-
-def _values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
-    header = tensor_pb2.TensorBucket(
-        bucket_id=bucket.bucket_id, kind=encode_kind(PARAMETER), present=pack_present(present)
-    )
-    return encode(training_pb2.TrainResponse(bucket=header), job.store.read(PARAMETER, bucket, present))
-
-
-def _receipt(sequence: int, round_: Round) -> bytes:
-    if round_.skipped is not None:
-        receipt = training_pb2.StepReceipt(
-            sequence=sequence, step=round_.skipped.step, outcome=training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE
-        )
-    elif round_.commit is not None:
-        receipt = training_pb2.StepReceipt(
-            sequence=sequence,
-            step=round_.commit.step,
-            outcome=training_pb2.STEP_OUTCOME_APPLIED,
-            contributors=[worker.rank for worker in round_.commit.contributors],
-            partial_contributors=[worker.rank for worker in round_.commit.partial_contributors],
-            hyperparameters_disagreed=round_.disagreed,
-            grad_norm=round_.grad_norm,
-        )
-    else:
-        raise RuntimeError("a step that was neither committed nor skipped has no receipt")
-    return encode(training_pb2.TrainResponse(receipt=receipt))
-
-
-def _decode_group(group: param_group_pb2.ParamGroup) -> dict[str, Any]:
-    try:
-        return decode_group(group)
-    except ValueError as error:
-        raise InvalidFieldError("ParamGroup.options", str(error)) from error

@@ -19,6 +19,7 @@ from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Skip, Worker
 from optimd.server.errors import LimitExceededError, NonFiniteGradientError, UpdateRefusedError
 from optimd.server.membership import Member, disagree, speaker
+from optimd.server.pushed import PushedContent
 from optimd.server.store import Store
 from optimd.wire.layout import Bucket
 
@@ -37,8 +38,12 @@ class Round:
     groups: list[dict[str, Any]]
     """The step's hyperparameters: the job's, until its first completed bucket settles them."""
     settled: bool = False
+    pushed: PushedContent = field(default_factory=PushedContent)
+    """What its workers changed outside of steps, in place from the first update on."""
+    replaced: set[int] = field(default_factory=set)
+    """The parameters whose values were put in place."""
     applied: list[tuple[int, list[bool]]] = field(default_factory=list)
-    """The buckets that have been applied, and which of their slices."""
+    """The buckets of which a worker has to hear, and which of their slices. One may come twice."""
     commit: Commit | None = None
     skipped: Skip | None = None
     """Set where the round ended without a commit and its pushes are answered nevertheless."""
@@ -245,6 +250,7 @@ class Stepper:
         # A step without a single gradient has settled nothing yet.
         self._settle(commit.contributors)
         self._apply_deferred(round_)
+        self._spread_replaced(round_)
         round_.disagreed = disagree(self._members, commit.contributors)
         if commit.partial_contributors:
             self._settle_torn_parameters(commit)
@@ -252,8 +258,30 @@ class Stepper:
         self._round = None
 
     def _skip(self, round_: Round, skip: Skip) -> None:
+        # What workers changed outside of the step holds whatever becomes of its gradients.
+        self._settle(skip.pushes)
+        self._spread_replaced(round_)
         round_.skipped = skip
         self._forget()
+
+    def _spread_replaced(self, round_: Round) -> None:
+        """Has every worker hear of values that one of them pushed and that no update has sent on."""
+        if not round_.replaced or len(self._members) < 2:
+            return
+        sent = {
+            (bucket_id, position)
+            for bucket_id, present in round_.applied
+            for position, here in enumerate(present)
+            if here
+        }
+        left: dict[int, set[int]] = {}
+        for index in round_.replaced:
+            for place in self._store.places(index):
+                if place not in sent:
+                    left.setdefault(place[0], set()).add(place[1])
+        for bucket_id in sorted(left):
+            count = len(self._store.buckets[bucket_id].slices)
+            round_.applied.append((bucket_id, [position in left[bucket_id] for position in range(count)]))
 
     def _settle_torn_parameters(self, commit: Commit) -> None:
         """Brings parameters to one step of which a lost worker's push, and nobody else's, reached some slices only."""
@@ -308,7 +336,10 @@ class Stepper:
         self._round = None
 
     def _settle(self, contributors: tuple[Worker, ...]) -> Round:
-        """Settles the step's hyperparameters: those of the lowest rank in its first completed bucket."""
+        """Settles the step's hyperparameters, and installs what was pushed besides gradients.
+
+        The hyperparameters are those of the lowest rank in its first completed bucket.
+        """
         round_ = self._round
         if round_ is None:
             raise RuntimeError("no push has begun a step")
@@ -317,6 +348,8 @@ class Stepper:
             voice = speaker(self._members, contributors)
             if voice is not None:
                 round_.groups = [dict(group) for group in voice.groups]
+            if round_.pushed:
+                round_.replaced = round_.pushed.install(self._store)
         return round_
 
     def _splits_freely(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> bool:

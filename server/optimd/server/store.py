@@ -107,27 +107,6 @@ class Store:
         for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
             view.copy_(piece)
 
-    def rewrite_value(self, bucket: Bucket, position: int, elements: torch.Tensor) -> None:
-        """Sets the values of one slice to what a worker has made of them.
-
-        A master weight that already rounds to the worker's element keeps its low bits: the worker has left it alone, or
-        could not have seen the difference.
-
-        Args:
-            bucket: One of the store's.
-            position: The slice's position in it.
-            elements: The slice's elements, flat, in the bucket's dtype, on any device.
-        """
-        view = self._views[bucket.bucket_id].values[position]
-        elements = elements.to(self.device)
-        if bucket.master_dtype is None:
-            view.copy_(elements)
-            return
-        bits = _BITS[bucket.dtype.itemsize]
-        # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
-        unchanged = view.to(bucket.dtype).view(bits) == elements.view(bits)
-        view.copy_(torch.where(unchanged, view, elements.to(bucket.master_dtype)))
-
     def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
         """The bytes of a bucket's present slices of one kind of tensor, in the dtype that it travels in.
 
@@ -249,13 +228,16 @@ class Store:
                 self.set_step(index, max(steps))
         return partial
 
-    def stage(self, entries: Iterable[tuple[int, float, Sequence[str]]]) -> StagedState:
-        """Takes memory for a state that is to replace the whole of this one.
+    def stage(self, entries: Iterable[tuple[int, float, Sequence[str]]], *, values: Iterable[int] = ()) -> StagedState:
+        """Takes memory for states, and values, that are to replace those of this store.
 
         Args:
-            entries: For each parameter that will have a state its index, its step and the names of its tensors.
+            entries: For each parameter whose state is replaced its index, its step and the names of its tensors.
+            values: The indices of the parameters whose values are replaced.
         """
         staged = StagedState(self)
+        for index in values:
+            staged.values[index] = torch.empty_like(self._values[index], dtype=self.parameters[index].dtype)
         for index, step, names in entries:
             value = self._values[index]
             staged.steps[index] = step
@@ -269,6 +251,44 @@ class Store:
             self.set_step(index, staged.steps.get(index, 0.0))
         for views in self._views:
             views.state.clear()
+
+    def install_value(self, index: int, value: torch.Tensor) -> None:
+        """Sets the value of one parameter to what a worker has made of it, in place.
+
+        A master weight that already rounds to the worker's element keeps its low bits: the worker has left it alone, or
+        could not have seen the difference.
+
+        Args:
+            index: The parameter's index.
+            value: Its elements, flat, in the parameter's own dtype, on the store's device.
+        """
+        kept = self._values[index]
+        parameter = self.parameters[index]
+        if parameter.master_dtype is None:
+            kept.copy_(value)
+            return
+        bits = _BITS[parameter.dtype.itemsize]
+        # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
+        unchanged = kept.to(parameter.dtype).view(bits) == value.view(bits)
+        kept.copy_(torch.where(unchanged, kept, value.to(parameter.master_dtype)))
+
+    def install_state(self, index: int, step: float, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the state of one parameter. Without tensors it has none, as before its first update.
+
+        Args:
+            index: The parameter's index.
+            step: How many updates it has had.
+            tensors: Its state tensors, flat, on the store's device. Kept.
+        """
+        self._state[index] = ParameterState(dict(tensors))
+        self.set_step(index, step)
+        for bucket_id, position in self._places[index]:
+            for views in self._views[bucket_id].state.values():
+                views[position] = torch.empty(0, dtype=self.buckets[bucket_id].server_dtype)
+
+    def carry_state(self, index: int, other: Store, other_index: int) -> None:
+        """Gives a parameter the state of an equal one of another store, which must not be used for it any more."""
+        self.install_state(index, other.step_of(other_index), other._state[other_index].tensors)
 
     def _ensure_state(self, bucket: Bucket, views: _BucketViews, name: str, present: Sequence[bool]) -> None:
         """Makes `views.state[name]` complete for the present slices, with zeros where a parameter is new to it."""
@@ -295,15 +315,27 @@ class Store:
 
 
 class StagedState:
-    """A state on its way in: it replaces the store's when it is complete, or never."""
+    """States and values on their way in: they replace the store's when they are complete, or never."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.steps: dict[int, float] = {}
+        """By parameter, whose state is replaced."""
         self.tensors: dict[int, dict[str, torch.Tensor]] = {}
+        """By parameter, flat."""
+        self.values: dict[int, torch.Tensor] = {}
+        """By parameter, flat, where the value is replaced."""
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of tensors that it is made of."""
+        names = {name for tensors in self.tensors.values() for name in tensors}
+        return names | {PARAMETER} if self.values else names
 
     def expects(self, kind: str, bucket: Bucket) -> list[bool]:
-        """For each slice of `bucket` whether its parameter has a tensor `kind` in this state."""
+        """For each slice of `bucket` whether its parameter has a tensor `kind` in this."""
+        if kind == PARAMETER:
+            return [piece.parameter in self.values for piece in bucket.slices]
         return [kind in self.tensors.get(piece.parameter, {}) for piece in bucket.slices]
 
     def write(self, kind: str, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor) -> None:
@@ -311,4 +343,5 @@ class StagedState:
         pieces = [piece for piece, here in zip(bucket.slices, present, strict=True) if here]
         parts = torch.split(payload, [piece.length for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
-            self.tensors[piece.parameter][kind][piece.offset : piece.end].copy_(part)
+            whole = self.values[piece.parameter] if kind == PARAMETER else self.tensors[piece.parameter][kind]
+            whole[piece.offset : piece.end].copy_(part)

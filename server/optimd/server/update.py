@@ -45,6 +45,11 @@ def is_split_invariant(options: Mapping[str, Any], dtype: torch.dtype) -> bool:
     return dtype not in _HALF or uses_fused(options, dtype)
 
 
+def is_made_in_worker(options: Mapping[str, Any]) -> bool:
+    """Whether the step is made in the worker, whose autograd graph goes through it; a server is given its results."""
+    return bool(options["differentiable"])
+
+
 def refusal(options: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why torch would not step with `options`, or a server cannot; None where nothing speaks against it.
 
@@ -97,6 +102,9 @@ def update(
     if reason is not None:
         raise RuntimeError(reason)
     beta1, beta2 = options["betas"]
+    lr = options["lr"]
+    if options["capturable"] and isinstance(lr, torch.Tensor):
+        lr = lr.to(params[0].device)
     fused = uses_fused(options, params[0].dtype)
     try:
         adam(
@@ -114,7 +122,7 @@ def update(
             amsgrad=options["amsgrad"],
             beta1=beta1,
             beta2=beta2,
-            lr=options["lr"],
+            lr=lr,
             weight_decay=options["weight_decay"],
             eps=options["eps"],
             maximize=options["maximize"],

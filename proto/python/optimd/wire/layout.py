@@ -54,6 +54,11 @@ class Parameter:
         """What its tensor `kind` travels in: its value and its gradient in its own dtype, state in the server's."""
         return self.dtype if kind in _IN_OWN_DTYPE else self.server_dtype
 
+    def holds_like(self, other: Parameter) -> bool:
+        """Whether its elements, on the server, are as many, as wide and in the same order as another's."""
+        mine = (self.server_dtype, self.shape, self.memory_order)
+        return mine == (other.server_dtype, other.shape, other.memory_order)
+
     def title(self, index: int) -> str:
         """How a message to a person names it."""
         return f"parameter {index} ({self.name})" if self.name else f"parameter {index}"

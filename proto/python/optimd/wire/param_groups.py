@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from optimd.v1 import param_group_pb2
+from optimd.wire.dtypes import decode_dtype, encode_dtype
 
 # `params` are tensors and `param_names` travel with the parameters they name.
 _NOT_OPTIONS: Final = frozenset({"params", "param_names"})
@@ -27,8 +28,8 @@ def encode_group(
 ) -> param_group_pb2.ParamGroup:
     """The options of one of torch's param_groups.
 
-    Numbers become doubles, one-element tensors their value. What a scheduler or a user added travels in `extra`; values
-    that the schema cannot express are left out.
+    Numbers become doubles, one-element tensors their value, with their dtype beside it. What a scheduler or a user
+    added travels in `extra`; values that the schema cannot express are left out.
 
     Args:
         index: The group's index.
@@ -44,10 +45,10 @@ def encode_group(
         value = group[field.name]
         if field.message_type is not None:
             nested = getattr(options, field.name)
-            for part, item in zip(field.message_type.fields, value, strict=True):
-                setattr(nested, part.name, _number(item))
+            for place, (part, item) in enumerate(zip(field.message_type.fields, value, strict=True)):
+                setattr(nested, part.name, _number(message, f"{field.name}.{place}", item))
         elif value is not None:
-            setattr(options, field.name, _number(value))
+            setattr(options, field.name, _number(message, field.name, value))
     for key, value in group.items():
         if key in known or key in _NOT_OPTIONS or not isinstance(key, str) or not key.isprintable():
             continue
@@ -60,8 +61,10 @@ def encode_group(
 def decode_group(message: param_group_pb2.ParamGroup) -> dict[str, Any]:
     """The options in `message` as one of torch's param_groups, without its parameters.
 
+    Options that were tensors are 0-dim tensors on the CPU.
+
     Raises:
-        ValueError: the message has options of no rule, or an extra in the place of one.
+        ValueError: the message has options of no rule, an extra in the place of one, or a tensor of an unknown dtype.
     """
     rule = message.WhichOneof("options")
     if rule is None:
@@ -71,11 +74,14 @@ def decode_group(message: param_group_pb2.ParamGroup) -> dict[str, Any]:
     for field in options.DESCRIPTOR.fields:
         if field.message_type is not None:
             nested = getattr(options, field.name)
-            group[field.name] = tuple(getattr(nested, part.name) for part in field.message_type.fields)
+            group[field.name] = tuple(
+                _restored(message, f"{field.name}.{place}", getattr(nested, part.name))
+                for place, part in enumerate(field.message_type.fields)
+            )
         elif field.has_presence and not options.HasField(field.name):
             group[field.name] = None
         else:
-            group[field.name] = getattr(options, field.name)
+            group[field.name] = _restored(message, field.name, getattr(options, field.name))
     for key, value in message.extra.items():
         if key in group or key in _NOT_OPTIONS:
             raise ValueError(f"extra must not have {key!r}, which is an option of its own")
@@ -89,8 +95,18 @@ def rule_of(message: param_group_pb2.ParamGroup) -> str | None:
     return rule
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
+def _number(message: param_group_pb2.ParamGroup, key: str, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype.is_floating_point:
+        message.tensors[key] = encode_dtype(value.dtype)
+    return value.item()
+
+
+def _restored(message: param_group_pb2.ParamGroup, key: str, value: Any) -> Any:
+    if key not in message.tensors:
+        return value
+    return torch.tensor(value, dtype=decode_dtype(message.tensors[key]))
 
 
 def _encode_extra(value: Any, depth: int = 0) -> param_group_pb2.ExtraValue | None:

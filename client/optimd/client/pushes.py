@@ -1,0 +1,107 @@
+"""What a worker pushes, as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from optimd.client.joblayout import JobLayout
+from optimd.client.parameters import FlatReader
+from optimd.client.statetransfer import RemoteEntry, bucket_message
+from optimd.v1 import param_group_pb2, state_dict_pb2, training_pb2
+from optimd.wire.codec import encode
+from optimd.wire.kinds import GRADIENT, PARAMETER, encode_kind
+from optimd.wire.paging import paginate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """One worker's part of a step. What it refers to does not change while it is under way."""
+
+    groups: Sequence[Mapping[str, Any]]
+    """torch's param_groups as they are now."""
+    grads: Sequence[torch.Tensor | None]
+    """By parameter, dense, of its shape and dtype; None where it has none."""
+    values: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """The parameters that somebody has written to since the last step."""
+    states: Mapping[int, RemoteEntry] = field(default_factory=dict)
+    """The states that were changed by hand; one without tensors takes the parameter's away."""
+    grad_scale: float | None = None
+    """What the gradients were multiplied by."""
+    skipped: bool = False
+    """Whether the gradients are not finite and stay out of the step: nothing but this is pushed."""
+
+
+def push_messages(
+    layout: JobLayout,
+    push: Push,
+    begin: training_pb2.StepBegin,
+    group_pages: Sequence[Sequence[param_group_pb2.ParamGroup]],
+    pushed_pages: Sequence[Sequence[state_dict_pb2.PushedEntry]],
+) -> Iterator[bytes]:
+    """The messages of a push, in order."""
+    yield encode(training_pb2.TrainRequest(step_begin=begin))
+    for groups in group_pages:
+        message = param_group_pb2.ParamGroupsPage(groups=groups)
+        yield encode(training_pb2.TrainRequest(param_groups=message))
+    for entries in pushed_pages:
+        yield encode(training_pb2.TrainRequest(pushed=state_dict_pb2.PushedPage(entries=entries)))
+    tensors = {PARAMETER: push.values}
+    for name in sorted({name for entry in push.states.values() for name in entry.tensors}):
+        tensors[name] = {index: entry.tensors[name] for index, entry in push.states.items() if name in entry.tensors}
+    for kind, by_index in tensors.items():
+        reader = FlatReader(by_index, layout.parameters)
+        for bucket in layout.buckets:
+            present = [piece.parameter in by_index for piece in bucket.slices]
+            if any(present):
+                yield bucket_message(kind, bucket, present, reader)
+    count = 0
+    for message_bytes in gradient_messages(layout, () if push.skipped else push.grads):
+        yield message_bytes
+        count += 1
+    yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
+
+
+def accumulation_messages(
+    layout: JobLayout, grads: Sequence[torch.Tensor | None], begin: training_pb2.Accumulate
+) -> Iterator[bytes]:
+    """The messages that have gradients held for the next push, in order."""
+    yield encode(training_pb2.TrainRequest(accumulate=begin))
+    count = 0
+    for message_bytes in gradient_messages(layout, grads):
+        yield message_bytes
+        count += 1
+    yield encode(training_pb2.TrainRequest(accumulate_end=training_pb2.AccumulateEnd(bucket_count=count)))
+
+
+def gradient_messages(layout: JobLayout, grads: Sequence[torch.Tensor | None]) -> Iterator[bytes]:
+    """The buckets that have any gradient. Without any gradients, there are none."""
+    if not grads:
+        return
+    reader = FlatReader(grads, layout.parameters)
+    for bucket in layout.buckets:
+        present = [grads[piece.parameter] is not None for piece in bucket.slices]
+        if any(present):
+            yield bucket_message(GRADIENT, bucket, present, reader)
+
+
+def pushed_entries(push: Push) -> list[list[state_dict_pb2.PushedEntry]]:
+    """What announces a push's values and states, in pages; without any, none."""
+    entries = [
+        state_dict_pb2.PushedEntry(
+            parameter=index, has_value=index in push.values, state=_state(index, push.states.get(index))
+        )
+        for index in sorted(push.values.keys() | push.states.keys())
+    ]
+    return [page for page, _ in paginate(entries)] if entries else []
+
+
+def _state(index: int, entry: RemoteEntry | None) -> state_dict_pb2.ParameterState | None:
+    if entry is None:
+        return None
+    return state_dict_pb2.ParameterState(
+        parameter=index, step=entry.step, tensors=[encode_kind(name) for name in entry.tensors]
+    )
