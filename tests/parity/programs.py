@@ -74,16 +74,17 @@ def assert_identical(ours: Any, theirs: Any, path: str = "") -> None:
     """Types, dtypes, the order of named keys, and every bit. Errors: text, and a type that torch's `except` catches."""
     match theirs:
         case torch.Tensor():
-            assert isinstance(ours, torch.Tensor), path
+            assert isinstance(ours, torch.Tensor), f"{path}: optimd: {ours!r}, torch: a tensor"
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{path}: {text}")
         case Mapping():
+            assert isinstance(ours, Mapping), f"{path}: optimd: {ours!r}, torch: a mapping"
             # A state_dict's `state` is in the order in which torch's dict happened to get its entries.
             in_order = sorted if all(isinstance(key, int) for key in theirs) else list
             assert in_order(ours) == in_order(theirs), path
             for key in theirs:
                 assert_identical(ours[key], theirs[key], f"{path}[{key!r}]")
         case list() | tuple():
-            assert type(ours) is type(theirs), path
+            assert type(ours) is type(theirs), f"{path}: optimd: {ours!r}, torch: a {type(theirs).__name__}"
             assert len(ours) == len(theirs), path
             for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
                 assert_identical(mine, other, f"{path}[{index}]")

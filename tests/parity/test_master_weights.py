@@ -286,6 +286,71 @@ def test_a_worker_that_comes_back_goes_on_from_the_masters(server: Server) -> No
             assert_rounded(ours, theirs)
 
 
+def test_values_that_a_worker_writes_reach_the_masters_and_leave_the_others_their_low_bits(server: Server) -> None:
+    """Only what was written is rounded to the worker's dtype."""
+    (p,) = ours = parameters(torch.bfloat16, [(40, 40)])
+    theirs = masters(ours)
+    with Adam(ours, lr=1e-3, fused=True, server=server.address, options=options()) as remote:
+        local = torch.optim.Adam(theirs, lr=1e-3, fused=True)
+        train(ours, remote, theirs, local, range(3))
+        with torch.no_grad():
+            p[:3] = 0.5
+            theirs[0][:3] = 0.5
+        train(ours, remote, theirs, local, range(3, 12))
+        assert_rounded(ours, theirs)
+        assert_equal_states(remote, local)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_state_that_is_put_in_by_hand_reaches_the_server(server: Server, dtype: torch.dtype) -> None:
+    """In the master dtype, or in the parameter's."""
+    (p,) = ours = parameters(torch.bfloat16, [(40, 40)])
+    theirs = masters(ours)
+    with Adam(ours, lr=1e-3, fused=True, server=server.address, options=options()) as remote:
+        local = torch.optim.Adam(theirs, lr=1e-3, fused=True)
+        train(ours, remote, theirs, local, range(3))
+        moment = torch.full_like(p, 1 / 3, dtype=dtype)
+        remote.state[p]["exp_avg"] = moment.clone()
+        local.state[theirs[0]]["exp_avg"] = moment.float()
+        train(ours, remote, theirs, local, range(3, 6))
+        assert_rounded(ours, theirs)
+        assert_equal_states(remote, local)
+
+
+def test_accumulated_gradients_are_added_up_in_the_masters_dtype(server: Server) -> None:
+    """Where the sum of two narrow ones would be rounded."""
+    (p,) = ours = parameters(torch.bfloat16, [(40, 40)])
+    (master,) = theirs = masters(ours)
+    with Adam(ours, lr=1e-3, fused=True, server=server.address, options=options()) as remote:
+        local = torch.optim.Adam(theirs, lr=1e-3, fused=True)
+        for step in range(5):
+            one, other = gradients(ours, 3 * step)[0], gradients(ours, 3 * step + 1)[0]
+            p.grad = one
+            remote.accumulate()
+            p.grad = other
+            remote.step()
+            master.grad = one.float() + other.float()
+            local.step()
+        assert_rounded(ours, theirs)
+        assert_equal_states(remote, local)
+
+
+def test_a_model_that_is_widened_keeps_its_state(server: Server) -> None:
+    """What the server keeps is as wide as before; its values are the worker's."""
+    (p,) = ours = parameters(torch.bfloat16, [(40, 40)])
+    theirs = masters(ours)
+    with Adam(ours, lr=1e-3, fused=True, server=server.address, options=options()) as remote:
+        local = torch.optim.Adam(theirs, lr=1e-3, fused=True)
+        train(ours, remote, theirs, local, range(3))
+        p.grad = None
+        p.data = p.data.float()
+        with torch.no_grad():
+            theirs[0].copy_(p)
+        train(ours, remote, theirs, local, range(3, 6))
+        assert torch.equal(p, theirs[0])
+        assert_equal_states(remote, local)
+
+
 def test_a_worker_that_asks_for_another_master_is_refused(server: Server) -> None:
     """The first parameter that differs is named, with both dtypes."""
     named = [("first", parameters(torch.float32, [(3, 3)])[0]), ("w", parameters(torch.bfloat16, [(3, 3)])[0])]

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, ConfigurationError, JobMismatchError, NonFiniteGradientError, ProxyOptions, StepReceipt
+from optimd.client import (
+    AccumulationLostError,
+    Adam,
+    ConfigurationError,
+    JobMismatchError,
+    NonFiniteGradientError,
+    ProxyOptions,
+    StepReceipt,
+)
 from optimd.server import Server
 from tests.support import assert_equal_states, in_threads
 
@@ -231,6 +239,99 @@ def test_masters_are_left_alone_by_a_skipped_step(server: Server) -> None:
                 local.step()
         assert torch.equal(p, master.bfloat16())
         assert_equal_states(remote, local)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_was_changed_outside_of_a_skipped_step_holds(server: Server, world_size: int) -> None:
+    """As in torch, where a step that is not made undoes nothing. Every worker has the new values at once."""
+
+    def work(rank: int) -> torch.Tensor:
+        p = nn.Parameter(torch.ones(500))
+        asked = options("skip", rank=rank, world_size=world_size)
+        with Adam([p], fused=True, server=server.address, job="pushed", options=asked) as optimizer:
+            p.grad = gradient(0, 0)
+            optimizer.step()
+            with torch.no_grad():
+                p.mul_(2.0 if rank == 0 else 1.0)
+            doubled = p.detach().clone()
+            p.grad = gradient(0, 1, bad=torch.nan)
+            optimizer.step()
+            assert receipt_of(optimizer).outcome == "skipped_nonfinite"
+            if rank == 0:
+                assert torch.equal(p, doubled)
+            else:
+                assert torch.equal(p, doubled * 2)
+            p.grad = gradient(0, 2)
+            optimizer.step()
+        return p.detach()
+
+    results = in_threads(work, world_size)
+    twin = nn.Parameter(torch.ones(500))
+    local = torch.optim.Adam([twin], fused=True)
+    for step in (0, 2):
+        twin.grad = gradient(0, step)
+        local.step()
+        if step == 0:
+            with torch.no_grad():
+                twin.mul_(2.0)
+    assert all(torch.equal(result, twin) for result in results)
+
+
+def test_what_was_changed_outside_of_a_refused_step_comes_with_the_next(server: Server) -> None:
+    """Nothing of the refused one was taken."""
+    p, twin = (nn.Parameter(torch.ones(500)) for _ in range(2))
+    with Adam([p], fused=True, server=server.address, options=options("error")) as remote:
+        local = torch.optim.Adam([twin], fused=True)
+        with torch.no_grad():
+            p.mul_(2.0)
+            twin.mul_(2.0)
+        p.grad = gradient(0, 0, bad=torch.nan)
+        with pytest.raises(NonFiniteGradientError):
+            remote.step()
+        p.grad, twin.grad = gradient(0, 1), gradient(0, 1)
+        remote.step()
+        local.step()
+        assert torch.equal(p, twin)
+
+
+def test_accumulated_gradients_are_used_up_by_a_skipped_step(server: Server) -> None:
+    """The next step has its own only."""
+    p, twin = (nn.Parameter(torch.ones(500)) for _ in range(2))
+    with Adam([p], fused=True, server=server.address, options=options("skip")) as remote:
+        local = torch.optim.Adam([twin], fused=True)
+        p.grad = gradient(0, 0, bad=torch.inf)
+        remote.accumulate()
+        p.grad = gradient(0, 1)
+        remote.step()
+        assert receipt_of(remote).outcome == "skipped_nonfinite"
+        p.grad, twin.grad = gradient(0, 2), gradient(0, 2)
+        remote.step()
+        local.step()
+        assert torch.equal(p, twin)
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_accumulated_gradients_are_lost_with_a_refused_step_and_that_is_said(server: Server, *, cleared: bool) -> None:
+    """A step that would lack them is refused once, unless zero_grad() has let go of them."""
+    p, twin = (nn.Parameter(torch.ones(500)) for _ in range(2))
+    with Adam([p], fused=True, server=server.address, options=options("error")) as remote:
+        local = torch.optim.Adam([twin], fused=True)
+        p.grad = gradient(0, 0, bad=torch.inf)
+        remote.accumulate()
+        p.grad = gradient(0, 1)
+        with pytest.raises(NonFiniteGradientError):
+            remote.step()
+        if cleared:
+            remote.zero_grad()
+        else:
+            p.grad = gradient(0, 2)
+            with pytest.raises(AccumulationLostError):
+                remote.step()
+        p.grad, twin.grad = gradient(0, 2), gradient(0, 2)
+        remote.step()
+        local.step()
+        assert receipt_of(remote).sequence == 0
+        assert torch.equal(p, twin)
 
 
 def test_a_word_that_is_none_is_refused() -> None:

@@ -173,7 +173,7 @@ def test_a_step_that_torch_refuses_fails_for_all_its_workers_and_commits_nothing
     waiter.start()
     with monkeypatch.context() as patched:
 
-        def refuse(*_: object) -> None:
+        def refuse(*_: object, **__: object) -> None:
             raise RuntimeError("no such kernel")
 
         patched.setattr("optimd.server.update.update", refuse)
@@ -279,7 +279,7 @@ def test_a_step_that_a_defect_ends_fails_for_all_and_the_job_goes_on(
     team.end(0)
     with monkeypatch.context() as patched:
 
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise error
 
         patched.setattr(team.job.store, "apply", fail)

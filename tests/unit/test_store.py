@@ -520,7 +520,7 @@ def test_masters_step_like_torchs_wide_parameters_and_are_read_rounded(
 
 
 @pytest.mark.parametrize(("dtype", "master_dtype"), MASTERED)
-def test_a_rewritten_value_that_has_not_changed_keeps_the_masters_low_bits(
+def test_a_pushed_value_that_has_not_changed_keeps_the_masters_low_bits(
     dtype: torch.dtype, master_dtype: torch.dtype
 ) -> None:
     """And one that has is taken over. What comes of it in the next step shows which it was."""
@@ -536,32 +536,29 @@ def test_a_rewritten_value_that_has_not_changed_keeps_the_masters_low_bits(
     pushed[::7] = 3.0
     with torch.no_grad():
         value[::7] = 3.0
-    for bucket in store.buckets:
-        for position, piece in enumerate(bucket.slices):
-            store.rewrite_value(bucket, position, pushed[piece.offset : piece.end])
+    store.install_value(0, pushed)
     step_torch(adam, [grads[1].to(master_dtype)])
     step_store(store, [grads[1]], adam.param_groups)
     assert store._values[0].equal(value.detach())
 
 
-def test_rewriting_compares_bits() -> None:
+def test_pushed_values_are_compared_by_their_bits() -> None:
     """A NaN that is still one is no change; a zero that changed its sign, or is no longer tiny, is."""
     low = 1e-9
     kept = torch.tensor([float("nan"), -0.0, 0.0, 1.0 + low, 1.0 + low], dtype=torch.float64)
     store = mastered_store(torch.zeros(5), torch.float64)
-    (bucket,) = store.buckets
     store._values[0].copy_(kept)
-    store.rewrite_value(bucket, 0, torch.tensor([float("nan"), 0.0, 0.0, 1.0, 2.0]))
+    store.install_value(0, torch.tensor([float("nan"), 0.0, 0.0, 1.0, 2.0]))
     assert content_of_torch(store._values[0]) == content_of_torch(
         torch.tensor([float("nan"), 0.0, 0.0, 1.0 + low, 2.0], dtype=torch.float64)
     )
 
 
-def test_a_rewritten_value_without_a_master_is_the_one_that_was_pushed() -> None:
+def test_a_pushed_value_without_a_master_is_taken_as_it_is() -> None:
     """Nothing is kept of what was there."""
     start, pushed = random_tensors(0, torch.float32, [(100,), (100,)])
     store = store_of([start])
-    store.rewrite_value(store.buckets[0], 0, pushed)
+    store.install_value(0, pushed)
     assert content_of(store, PARAMETER, 0) == content_of_torch(pushed)
 
 

@@ -32,13 +32,6 @@ class _AdamRule(OptimizerProxy):
         optimizer._rehearsed = frozenset()
         return optimizer
 
-    def _connect(
-        self, server: str | None, job: str | None, options: ProxyOptions | None, *, private: bool = False
-    ) -> None:
-        # torch's GradScaler hands a scale to an optimizer that says it takes one. This one wants unscaled gradients.
-        self._step_supports_amp_scaling = False
-        super()._connect(server, job, options, private=private)
-
     def _is_made_here(self) -> bool:
         return any(group["differentiable"] for group in self.param_groups)
 
@@ -55,6 +48,8 @@ class _AdamRule(OptimizerProxy):
             *(_kind(group[name]) for name in ("lr", "eps", "weight_decay")),
             *(_kind(beta) if isinstance(beta, torch.Tensor) else beta for beta in group["betas"]),
             *(group[name] for name in ("amsgrad", "maximize", "foreach", "capturable", "fused")),
+            getattr(self, "grad_scale", None) is None,
+            getattr(self, "found_inf", None) is None,
         )
         if entry is None and key in self._rehearsed:
             return
@@ -62,7 +57,10 @@ class _AdamRule(OptimizerProxy):
             parameter = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
         else:
             parameter = tensor.detach().clone()
-        _rehearse(parameter, group, {} if entry is None else copy.deepcopy(dict(entry)))
+        scaling = {
+            name: torch.ones(()) for name in ("grad_scale", "found_inf") if getattr(self, name, None) is not None
+        }
+        _rehearse(parameter, group, {} if entry is None else copy.deepcopy(dict(entry)), scaling)
         if entry is None:
             self._rehearsed |= {key}
 
@@ -75,7 +73,9 @@ class _AdamRule(OptimizerProxy):
         return {"step": step, **{name: value.to(tensor.device) for name, value in entry.tensors.items()}}
 
 
-def _rehearse(parameter: torch.Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
+def _rehearse(
+    parameter: torch.Tensor, group: Mapping[str, Any], entry: dict[str, Any], scaling: Mapping[str, torch.Tensor]
+) -> None:
     """Has torch step a parameter that is nobody's, for the errors that it raises."""
     parameter.grad = torch.zeros_like(parameter)
     stand_in = SimpleNamespace(state=defaultdict(dict, {parameter: entry}))
@@ -104,6 +104,7 @@ def _rehearse(parameter: torch.Tensor, group: Mapping[str, Any], entry: dict[str
         eps=group["eps"],
         maximize=group["maximize"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
+        **scaling,
     )
 
 

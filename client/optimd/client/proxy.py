@@ -181,8 +181,10 @@ class OptimizerProxy(Optimizer):
         with hooks.held_back():
             receipt = session.step(push, tensors)
             self.last_receipt = receipt
-            if receipt.outcome == "applied":
-                self._settle()
+            self._settle()
+            if push.grad_scale is not None and not push.skipped:
+                # torch's fused kernel leaves the gradients divided by their scale.
+                torch._foreach_div_([grad for grad in push.grads if grad is not None], push.grad_scale)
             if session.wants_buffers and self._buffers is not None:
                 session.push_buffers(self._buffers)
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
@@ -200,10 +202,11 @@ class OptimizerProxy(Optimizer):
         gradients there are then. Returns when the server holds the sum.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or this is a server step hook.
             ConfigurationError: the step is made in this process (`differentiable=True`).
             OptimdError: the gradients are not held. They are as they were.
         """
+        self._own_hooks().refuse_in_hook("accumulate()")
         if self._is_made_here():
             raise ConfigurationError("accumulate() leaves gradients to the server, and this step is made in the worker")
         session = self._open_session()
@@ -227,9 +230,11 @@ class OptimizerProxy(Optimizer):
         """Receives the job's parameters in place. What was written into them since the last step is lost.
 
         Raises:
+            RuntimeError: this is a server step hook.
             JobMismatchError: their number, shapes or dtypes have changed.
             OptimdError: the server cannot be read.
         """
+        self._own_hooks().refuse_in_hook("pull_parameters()")
         session = self._open_session()
         tensors = self._tensors()
         if self._tracker.layout_differs(session.parameters, session.group_sizes, self.param_groups):
@@ -331,9 +336,11 @@ class OptimizerProxy(Optimizer):
             set_to_none: Whether gradients become None rather than zero.
 
         Raises:
+            RuntimeError: the server holds something, and this is a server step hook.
             OptimdError: the server could not be told.
         """
-        if self._session is not None:
+        if self._session is not None and self._session.holds_gradients:
+            self._own_hooks().refuse_in_hook("zero_grad()")
             self._session.discard_accumulated()
         _untraced(super().zero_grad)(set_to_none)
 
@@ -413,11 +420,11 @@ class OptimizerProxy(Optimizer):
         if self._session is not None:
             # torch's load_state_dict, on its way: it has rounded what the server keeps in a master dtype.
             self._state_here = state["state"]
-            super().__setstate__({key: value for key, value in state.items() if key != "state"})
             for loaded in self._loading:
                 described = self._open_session().parameters
                 for parameter, entry in unrounded(loaded, self._tensors(), described, self._state_tensors):
                     self.state[parameter].update(entry)
+            super().__setstate__({key: value for key, value in state.items() if key != "state"})
             return
         # A copy, or what comes out of a pickle: a job of its own with the same state.
         state = dict(state)
@@ -521,7 +528,15 @@ class OptimizerProxy(Optimizer):
         changes = self._tracker.changes(tensors)
         if changes.states:
             self._check_states(session, changes.states)
-        return Push(groups=self.param_groups, grads=grads, values=changes.values, states=changes.states)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return Push(
+            groups=self.param_groups,
+            grads=grads,
+            values=changes.values,
+            states=changes.states,
+            grad_scale=None if scale is None else float(scale),
+            skipped=found_inf is not None and float(found_inf) != 0,
+        )
 
     def _step_here(self, session: Session, tensors: Sequence[torch.Tensor]) -> Push:
         """Makes the step in this process. What it led to is what goes to the server."""
@@ -571,8 +586,10 @@ class OptimizerProxy(Optimizer):
         for index, entry in states.items():
             parameter = session.parameters[index]
             if any(
-                tensor.dtype != parameter.server_dtype or tuple(tensor.shape) != parameter.shape
-                for tensor in entry.tensors.values()
+                # In the parameter's own dtype, as zeros_like gives it, it is as good: the server keeps it wider.
+                tensor.dtype not in (parameter.dtype, parameter.dtype_of(name))
+                or tuple(tensor.shape) != parameter.shape
+                for name, tensor in entry.tensors.items()
             ):
                 self._refuse_state(index, {"step": torch.tensor(entry.step), **entry.tensors})
 

@@ -32,7 +32,7 @@ class Push:
     grad_scale: float | None = None
     """What the gradients were multiplied by."""
     skipped: bool = False
-    """Whether the gradients are not finite and stay out of the step: nothing but this is pushed."""
+    """Whether the gradients are not finite and stay out of the step."""
 
 
 def push_messages(

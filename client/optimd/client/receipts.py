@@ -20,7 +20,7 @@ class StepReceipt:
 
     outcome: str
     """What became of the gradients: "applied", or "skipped_nonfinite" where nothing of them was applied because they,
-    or the step's gradient (`ProxyOptions.nonfinite`), were not finite."""
+    or the step's gradient, were not finite. What was pushed besides gradients holds nevertheless."""
 
     contributors: tuple[int, ...]
     """The ranks whose gradients are in the step, ascending."""

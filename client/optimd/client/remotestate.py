@@ -396,5 +396,5 @@ def _digest(tensor: torch.Tensor) -> tuple[int, int]:
         wide = part.to(torch.int64)
         total += int(wide.sum())
         # What only changes places is seen too; the products wrap around.
-        weighted += (place + 1) * int((wide * torch.arange(1, 2 * len(wide), 2, device=wide.device)).sum())
+        weighted += (place + 1) * int((wide * (2 * torch.arange(len(wide), device=wide.device) + 1)).sum())
     return total, weighted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,8 +111,9 @@ class ParameterTracker:
             origin = self.cache.index(tensor)
             if origin is None or tensor in edits:
                 continue
-            if (job[origin].dtype, job[origin].shape) == (described[index].dtype, described[index].shape):
-                described[index] = job[origin]
+            here = described[index]
+            if (job[origin].server_dtype, job[origin].shape) == (here.server_dtype, here.shape):
+                described[index] = dataclasses.replace(job[origin], dtype=here.dtype, master_dtype=here.master_dtype)
                 carried[index] = origin
         return carried
 

@@ -36,6 +36,8 @@ class Commit:
     """Whose gradients are in it, in order of rank."""
     partial_contributors: tuple[Worker, ...]
     """Those of them that were lost in the middle of their push."""
+    skipped: tuple[Worker, ...] = ()
+    """Whose pushes end with the step though they brought no gradients, in order of rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ Decision = ApplyBucket | Commit | Abandon | Skip
 
 
 class SyncAggregator:
-    """Synchronous steps: each is one push of every live worker.
+    """Synchronous steps: each is one push of every live worker, but for those that have nothing to give.
 
     A worker that is lost lowers the count of those waited for. What it had pushed of the open step stays in; the
     `Commit` says who was lost in the middle of a push. Nobody begins a push before `world_size` workers have joined,
@@ -79,6 +81,7 @@ class SyncAggregator:
         self._formed = False
         self._begun: set[Worker] = set()
         self._ended: set[Worker] = set()
+        self._skipped: set[Worker] = set()
         self._lost: set[Worker] = set()
         self._pushed: dict[int, set[Worker]] = {}
         self._applied: set[int] = set()
@@ -158,11 +161,13 @@ class SyncAggregator:
             return [self._apply(bucket_id)]
         return []
 
-    def end(self, worker: Worker) -> list[Decision]:
-        """A worker has pushed all it had."""
-        if not self._is_pushing(worker):
+    def end(self, worker: Worker, *, skipped: bool = False) -> list[Decision]:
+        """A worker has pushed all it had; nothing if it is `skipped`, and then it is no contributor of the step."""
+        if not self._is_pushing(worker) or (skipped and any(worker in pushed for pushed in self._pushed.values())):
             raise RuntimeError(f"{worker} cannot end a push")
         self._ended.add(worker)
+        if skipped:
+            self._skipped.add(worker)
         return self._advance()
 
     def _is_pushing(self, worker: Worker) -> bool:
@@ -181,7 +186,7 @@ class SyncAggregator:
                 if bucket_id not in self._applied and self._is_complete(bucket_id)
             ]
         if step_complete:
-            decisions.append(self._commit())
+            decisions.append(self._close())
         return decisions
 
     def _is_complete(self, bucket_id: int) -> bool:
@@ -189,19 +194,27 @@ class SyncAggregator:
 
     def _apply(self, bucket_id: int) -> ApplyBucket:
         self._applied.add(bucket_id)
-        return ApplyBucket(bucket_id, tuple(sorted(self._pushed[bucket_id] | self._ended)))
+        contributors = (self._pushed[bucket_id] | self._ended) - self._skipped
+        return ApplyBucket(bucket_id, tuple(sorted(contributors)))
 
-    def _commit(self) -> Commit:
+    def _close(self) -> Commit | Skip:
         in_buckets = set().union(*self._pushed.values())
         partial = self._lost & in_buckets
-        self.step += 1
-        commit = Commit(self.step, tuple(sorted(self._ended | partial)), tuple(sorted(partial)))
+        contributors = (self._ended - self._skipped) | partial
+        ends: Commit | Skip
+        if contributors:
+            self.step += 1
+            skipped = tuple(sorted(self._skipped))
+            ends = Commit(self.step, tuple(sorted(contributors)), tuple(sorted(partial)), skipped)
+        else:
+            ends = Skip(self.step, tuple(sorted(self._ended)))
         self._reset()
-        return commit
+        return ends
 
     def _reset(self) -> None:
         self._begun.clear()
         self._ended.clear()
+        self._skipped.clear()
         self._lost.clear()
         self._pushed.clear()
         self._applied.clear()

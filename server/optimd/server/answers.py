@@ -39,27 +39,32 @@ def values(job: Job, bucket: Bucket, present: list[bool]) -> bytes:
     return encode(training_pb2.TrainResponse(bucket=header), job.store.read(PARAMETER, bucket, present))
 
 
-def receipt(sequence: int, round_: Round, *, wants_buffers: bool) -> bytes:
-    """What became of the push of that number in a round that is over."""
+def receipt(sequence: int, round_: Round, *, skipped: bool, wants_buffers: bool) -> bytes:
+    """What became of a push in a round that is over.
+
+    Args:
+        sequence: The number of the push.
+        round_: The round.
+        skipped: Whether the push brought no gradients, because they were not finite.
+        wants_buffers: Whether its worker is asked for its buffers.
+    """
+    message = training_pb2.StepReceipt(
+        sequence=sequence, wants_buffers=wants_buffers, pushed_differently=round_.pushed_differently
+    )
     if round_.skipped is not None:
-        answer = training_pb2.StepReceipt(
-            sequence=sequence, step=round_.skipped.step, outcome=training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE
-        )
+        message.outcome = training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE
+        message.step = round_.skipped.step
     elif round_.commit is not None:
-        answer = training_pb2.StepReceipt(
-            sequence=sequence,
-            step=round_.commit.step,
-            outcome=training_pb2.STEP_OUTCOME_APPLIED,
-            contributors=[worker.rank for worker in round_.commit.contributors],
-            partial_contributors=[worker.rank for worker in round_.commit.partial_contributors],
-            hyperparameters_disagreed=round_.disagreed,
-            grad_norm=round_.grad_norm,
-            pushed_differently=round_.pushed_differently,
-            wants_buffers=wants_buffers,
-        )
+        message.outcome = training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE if skipped else training_pb2.STEP_OUTCOME_APPLIED
+        message.step = round_.commit.step
+        message.contributors.extend(worker.rank for worker in round_.commit.contributors)
+        message.partial_contributors.extend(worker.rank for worker in round_.commit.partial_contributors)
+        message.hyperparameters_disagreed = round_.disagreed
+        if round_.grad_norm is not None:
+            message.grad_norm = round_.grad_norm
     else:
         raise RuntimeError("a step that was neither committed nor skipped has no receipt")
-    return encode(training_pb2.TrainResponse(receipt=answer))
+    return encode(training_pb2.TrainResponse(receipt=message))
 
 
 def decode_options(group: param_group_pb2.ParamGroup) -> dict[str, Any]:

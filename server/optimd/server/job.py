@@ -471,8 +471,11 @@ class Job:
         load_count: int,
         layout_count: int,
         micro: int,
+        grad_scale: float | None = None,
     ) -> Round:
         """A worker begins a push. Waits until the job is formed.
+
+        The numbers are those of `StepBegin`.
 
         Raises:
             OutOfOrderError: the sequence number or the base step is not the one due, or the worker's line is down.
@@ -501,8 +504,8 @@ class Job:
                     "every worker loads an equal one between the same two steps"
                 )
             self._check_layout_count_locked(member, layout_count)
-            if micro != member.held.micro:
-                held = member.held.micro
+            if micro != member.held.micro or member.held.spent:
+                held = 0 if member.held.spent else member.held.micro
                 member.held.forget()
                 raise AccumulationLostError(
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
@@ -511,6 +514,7 @@ class Job:
             for index, options in enumerate(member.groups):
                 self._check_options(options, self._dtypes_of_locked(index))
             self._aggregator.begin(member.worker)
+            member.grad_scale = grad_scale
             return self._stepper.open_round(self.groups)
 
     def set_hyperparameters(self, member: Member, group: int, options: dict[str, Any]) -> None:
@@ -558,10 +562,15 @@ class Job:
             self._readers.wait()
             self._check_alive_locked(member)
             self._check_sound_locked(round_)
-            self._contribute_locked(member.worker, bucket, *member.held.take(bucket, present, payload))
+            self._contribute_locked(member, bucket, *member.held.take(bucket, present, payload))
 
-    def end(self, member: Member, round_: Round) -> None:
+    def end(self, member: Member, round_: Round, *, skipped: bool = False) -> None:
         """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.
+
+        Args:
+            member: The worker.
+            round_: What `begin` returned.
+            skipped: Whether it brings no gradients, not even those that are held of it, because they are not finite.
 
         Raises:
             NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
@@ -574,11 +583,11 @@ class Job:
             self._readers.wait()
             self._check_alive_locked(member)
             self._check_sound_locked(round_)
-            for bucket_id, present, payload in member.held.rest():
-                self._contribute_locked(member.worker, self.store.buckets[bucket_id], present, payload)
-            member.held.forget()
+            for bucket_id, present, payload in () if skipped else member.held.rest():
+                self._contribute_locked(member, self.store.buckets[bucket_id], present, payload)
+            member.held.spend()
             step = self.step
-            self._settle_locked(self._aggregator.end(member.worker), step)
+            self._settle_locked(self._aggregator.end(member.worker, skipped=skipped), step)
 
     def await_progress(self, member: Member, round_: Round, seen: int) -> int:
         """Waits until more than `seen` buckets are applied or the step is committed or skipped.
@@ -756,11 +765,11 @@ class Job:
 
     # --- all below with self._changed held
 
-    def _contribute_locked(self, worker: Worker, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+    def _contribute_locked(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         step = self.step
-        decisions = self._aggregator.push(worker, bucket.bucket_id)
+        decisions = self._aggregator.push(member.worker, bucket.bucket_id)
         try:
-            self._stepper.contribute(worker, bucket, present, payload, decisions)
+            self._stepper.contribute(member.worker, bucket, present, payload, decisions, grad_scale=member.grad_scale)
         except Exception:
             self._aggregator.forget_step(step)
             self._changed.notify_all()
@@ -805,8 +814,8 @@ class Job:
             for worker in round_.commit.contributors:
                 record = self._record_locked(worker.worker_id)
                 contributions.append(Contribution(worker.rank, worker.worker_id, record.next_sequence))
-                record.next_sequence += 1
                 record.pushes += 1
+            self._answer_locked((*round_.commit.contributors, *round_.commit.skipped))
             self.history.add(
                 CommittedStep(
                     step=round_.commit.step,
@@ -820,8 +829,15 @@ class Job:
             self.buffers.step_committed_locked()
         if round_ is not None and round_.skipped is not None:
             self._aggregator.forget_step(round_.skipped.step)
-            for worker in round_.skipped.pushes:
-                self._record_locked(worker.worker_id).next_sequence += 1
+            self._answer_locked(round_.skipped.pushes)
+
+    def _answer_locked(self, workers: Sequence[Worker]) -> None:
+        """The pushes of these workers are over: the next ones are due."""
+        for worker in workers:
+            self._record_locked(worker.worker_id).next_sequence += 1
+            member = self._members.get(worker)
+            if member is not None:
+                member.held.forget()
 
     def _take_back_growth_locked(self) -> None:
         """The worker that was uploading is gone: what it had added without its values goes with it."""

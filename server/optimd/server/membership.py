@@ -19,6 +19,8 @@ class HeldGradients:
     def __init__(self) -> None:
         self.micro = 0
         """How many accumulations and discards there have been since the last push."""
+        self.spent = False
+        """Whether a push has taken what was accumulated: if that push is refused, it is lost."""
         self._sums: dict[int, GradientAccumulator] = {}
 
     def add(self, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor, device: torch.device) -> None:
@@ -43,14 +45,21 @@ class HeldGradients:
             if not held.is_empty:
                 yield (bucket_id, *self._give(held))
 
+    def spend(self) -> None:
+        """A push has taken all that was held."""
+        self.spent = self.micro > 0
+        self._sums.clear()
+
     def discard(self) -> None:
         """Forgets what is held."""
+        self.spent = False
         for held in self._sums.values():
             held.clear()
 
     def forget(self) -> None:
         """The push is over, or the buckets are others now: nothing is held, and counting starts anew."""
         self.micro = 0
+        self.spent = False
         self._sums.clear()
 
     @staticmethod
@@ -76,6 +85,8 @@ class Member:
     buffers_attached: bool = False
     bytes_received: int = 0
     bytes_sent: int = 0
+    grad_scale: float | None = None
+    """What the gradients of its open push were multiplied by."""
     held: HeldGradients = field(default_factory=HeldGradients)
     """What it has had accumulated."""
 

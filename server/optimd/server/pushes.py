@@ -41,6 +41,7 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             load_count=begin.load_count,
             layout_count=begin.layout_count,
             micro=begin.micro,
+            grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
         )
     except (UpdateRefusedError, AccumulationLostError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
@@ -53,6 +54,8 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
     sent = 0
 
     def push(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+        if begin.skipped:
+            raise InvalidFieldError("StepBegin.skipped", "a push that is skipped brings no gradients")
         job.push(member, round_, bucket, present, payload)
 
     for _ in _gradients(incoming, job, "step_end", push):
@@ -60,7 +63,7 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             yield values(job, job.store.buckets[applied], slices)
             sent += 1
     try:
-        job.end(member, round_)
+        job.end(member, round_, skipped=begin.skipped)
         while True:
             count = job.await_progress(member, round_, sent)
             for applied, slices in round_.applied[sent:count]:
@@ -69,10 +72,10 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             if round_.is_answered and sent == len(round_.applied):
                 break
     except NonFiniteGradientError as error:
-        # Found out before anything was applied: the same push is due again.
+        # Found out before anything was applied: a push of the same number is due again.
         yield refusal(error)
         return
-    yield receipt(begin.sequence, round_, wants_buffers=job.buffers.is_asked(member))
+    yield receipt(begin.sequence, round_, skipped=begin.skipped, wants_buffers=job.buffers.is_asked(member))
 
 
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:

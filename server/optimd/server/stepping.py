@@ -120,8 +120,18 @@ class Stepper:
         present: list[bool],
         payload: torch.Tensor,
         decisions: Sequence[Decision],
+        *,
+        grad_scale: float | None = None,
     ) -> None:
         """Takes one worker's gradients of a bucket and carries out what they led to.
+
+        Args:
+            worker: Whose they are.
+            bucket: The bucket.
+            present: For each of its slices whether there is a gradient.
+            payload: The gradients, flat, on the CPU. Only read, and not kept.
+            decisions: What the aggregator makes of them.
+            grad_scale: What they were multiplied by, if by anything.
 
         Raises:
             UpdateRefusedError: torch refuses the update.
@@ -131,8 +141,10 @@ class Stepper:
             if sole and self._splits_freely(bucket, (worker,)):
                 # Nothing to add up: the update reads the gradient where it was received.
                 lengths = [piece.length for piece, here in zip(bucket.slices, present, strict=True) if here]
-                self._apply(bucket, (worker,), present, torch.split(payload, lengths))
+                self._apply(bucket, (worker,), present, torch.split(payload, lengths), grad_scale=grad_scale)
                 return
+            if grad_scale is not None:
+                payload = _unscaled(payload, grad_scale)
             self._accumulator(bucket).add(payload, present)
         self.carry_out(decisions)
 
@@ -208,7 +220,7 @@ class Stepper:
         if self._nonfinite == "error":
             raise NonFiniteGradientError(f"{problem}; nothing was applied")
         _log.warning("job %s: %s; the step is skipped", self._job, problem)
-        return Skip(commit.step - 1, commit.contributors)
+        return Skip(commit.step - 1, tuple(sorted((*commit.contributors, *commit.skipped))))
 
     def _reduced(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> list[torch.Tensor]:
         return self._accumulator(bucket).reduced(len(contributors) if self._mean else 1)
@@ -228,10 +240,12 @@ class Stepper:
         contributors: tuple[Worker, ...],
         present: Sequence[bool],
         grads: Sequence[torch.Tensor],
+        *,
+        grad_scale: float | None = None,
     ) -> None:
         round_ = self._settle(contributors)
         with _torchs_errors():
-            self._store.apply(bucket, present, grads, round_.groups[bucket.group])
+            self._store.apply(bucket, present, grads, round_.groups[bucket.group], grad_scale=grad_scale)
         round_.applied.append((bucket.bucket_id, list(present)))
 
     def _apply_deferred(self, round_: Round) -> None:
@@ -263,6 +277,13 @@ class Stepper:
         round_.commit = commit
         self._round = None
 
+    def _skip(self, round_: Round, skip: Skip) -> None:
+        # What workers changed outside of the step holds whatever becomes of its gradients.
+        self._settle(skip.pushes)
+        self._spread_replaced(round_)
+        round_.skipped = skip
+        self._forget()
+
     def _spread_replaced(self, round_: Round) -> None:
         """Has every worker hear of values that one of them pushed and that no update has sent on."""
         if not round_.replaced or len(self._members) < 2:
@@ -281,10 +302,6 @@ class Stepper:
         for bucket_id in sorted(left):
             count = len(self._store.buckets[bucket_id].slices)
             round_.applied.append((bucket_id, [position in left[bucket_id] for position in range(count)]))
-
-    def _skip(self, round_: Round, skip: Skip) -> None:
-        round_.skipped = skip
-        self._forget()
 
     def _settle_torn_parameters(self, commit: Commit) -> None:
         """Brings parameters to one step of which a lost worker's push, and nobody else's, reached some slices only."""
@@ -365,6 +382,12 @@ class Stepper:
             accumulator = GradientAccumulator(bucket, self._store.device)
             self._accumulators[bucket.bucket_id] = accumulator
         return accumulator
+
+
+def _unscaled(payload: torch.Tensor, grad_scale: float) -> torch.Tensor:
+    """Gradients divided by what they were multiplied by, in float32 or wider: a narrower quotient could underflow."""
+    wide = torch.promote_types(payload.dtype, torch.float32)
+    return payload.to(wide) / torch.tensor(grad_scale, dtype=torch.float32)
 
 
 @contextmanager

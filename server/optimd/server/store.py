@@ -107,27 +107,6 @@ class Store:
         for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
             view.copy_(piece)
 
-    def rewrite_value(self, bucket: Bucket, position: int, elements: torch.Tensor) -> None:
-        """Sets the values of one slice to what a worker has made of them.
-
-        A master weight that already rounds to the worker's element keeps its low bits: the worker has left it alone, or
-        could not have seen the difference.
-
-        Args:
-            bucket: One of the store's.
-            position: The slice's position in it.
-            elements: The slice's elements, flat, in the bucket's dtype, on any device.
-        """
-        view = self._views[bucket.bucket_id].values[position]
-        elements = elements.to(self.device)
-        if bucket.master_dtype is None:
-            view.copy_(elements)
-            return
-        bits = _BITS[bucket.dtype.itemsize]
-        # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
-        unchanged = view.to(bucket.dtype).view(bits) == elements.view(bits)
-        view.copy_(torch.where(unchanged, view, elements.to(bucket.master_dtype)))
-
     def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
         """The bytes of a bucket's present slices of one kind of tensor, in the dtype that it travels in.
 
@@ -155,6 +134,8 @@ class Store:
         present: Sequence[bool],
         grads: Sequence[torch.Tensor],
         options: Mapping[str, Any],
+        *,
+        grad_scale: float | None = None,
     ) -> None:
         """Updates the present slices of a bucket with one fused call.
 
@@ -163,6 +144,7 @@ class Store:
             present: For each slice whether it has a gradient.
             grads: The gradients of the present slices, flat, on any device, in the bucket's dtype or in the server's.
             options: The options of the bucket's group.
+            grad_scale: What the gradients were multiplied by, if by anything.
 
         Raises:
             RuntimeError: torch refuses the options.
@@ -183,6 +165,7 @@ class Store:
             {name: [views.state[name][position] for position in chosen] for name in names},
             [views.steps[position] for position in chosen],
             options,
+            grad_scale=grad_scale,
         )
 
     def apply_whole(self, index: int, grads: Sequence[torch.Tensor], options: Mapping[str, Any]) -> None:
@@ -258,8 +241,7 @@ class Store:
         """
         staged = StagedState(self)
         for index in values:
-            parameter = self.parameters[index]
-            staged.values[index] = torch.empty(parameter.numel, dtype=parameter.dtype, device=self.device)
+            staged.values[index] = torch.empty_like(self._values[index], dtype=self.parameters[index].dtype)
         for index, step, names in entries:
             value = self._values[index]
             staged.steps[index] = step
@@ -275,11 +257,24 @@ class Store:
             views.state.clear()
 
     def install_value(self, index: int, value: torch.Tensor) -> None:
-        """Sets the value of one parameter from its elements, flat, in its own dtype, as `rewrite_value`."""
-        for bucket_id, position in self._places[index]:
-            bucket = self.buckets[bucket_id]
-            piece = bucket.slices[position]
-            self.rewrite_value(bucket, position, value[piece.offset : piece.end])
+        """Sets the value of one parameter to what a worker has made of it, in place.
+
+        A master weight that already rounds to the worker's element keeps its low bits: the worker has left it alone, or
+        could not have seen the difference.
+
+        Args:
+            index: The parameter's index.
+            value: Its elements, flat, in the parameter's own dtype, on the store's device.
+        """
+        kept = self._values[index]
+        parameter = self.parameters[index]
+        if parameter.master_dtype is None:
+            kept.copy_(value)
+            return
+        bits = _BITS[parameter.dtype.itemsize]
+        # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
+        unchanged = kept.to(parameter.dtype).view(bits) == value.view(bits)
+        kept.copy_(torch.where(unchanged, kept, value.to(parameter.master_dtype)))
 
     def install_state(self, index: int, step: float, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replaces the state of one parameter. Without tensors it has none, as before its first update.

@@ -82,6 +82,8 @@ def update(
     state: Mapping[str, Sequence[torch.Tensor]],
     steps: Sequence[torch.Tensor],
     options: Mapping[str, Any],
+    *,
+    grad_scale: float | None = None,
 ) -> None:
     """Makes one Adam step in place, as one tensor-list call.
 
@@ -91,6 +93,7 @@ def update(
         state: For each of `state_names(options)` the tensors beside `params`.
         steps: 0-dim float32 counters of the updates so far; advanced by 1.
         options: One param group's options, by torch's names.
+        grad_scale: What `grads` were multiplied by, if by anything.
 
     Raises:
         RuntimeError: torch refuses the combination of options and tensors. Where `refusal` says why, nothing has
@@ -106,6 +109,15 @@ def update(
     if options["capturable"] and isinstance(lr, torch.Tensor):
         lr = lr.to(params[0].device)
     fused = uses_fused(options, params[0].dtype)
+    scaling: dict[str, torch.Tensor] = {}
+    if grad_scale is not None:
+        scale = torch.tensor(grad_scale, dtype=torch.float32, device=params[0].device)
+        if fused:
+            # The kernel divides, in float32 at least, and leaves the quotients in what it is given.
+            scaling = {"grad_scale": scale}
+            grads = [grad.clone() for grad in grads]
+        else:
+            grads = [(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale).to(grad.dtype) for grad in grads]
     try:
         adam(
             list(params),
@@ -127,6 +139,7 @@ def update(
             eps=options["eps"],
             maximize=options["maximize"],
             decoupled_weight_decay=options["decoupled_weight_decay"],
+            **scaling,
         )
     except (ArithmeticError, TypeError, ValueError) as error:
         # What torch's kernels in Python make of numbers that they cannot compute with.

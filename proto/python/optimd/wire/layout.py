@@ -55,9 +55,9 @@ class Parameter:
         return self.dtype if kind in _IN_OWN_DTYPE else self.server_dtype
 
     def holds_like(self, other: Parameter) -> bool:
-        """Whether its elements, in memory, are as many, as wide and in the same order as another's."""
-        mine = (self.dtype, self.server_dtype, self.shape, self.memory_order)
-        return mine == (other.dtype, other.server_dtype, other.shape, other.memory_order)
+        """Whether its elements, on the server, are as many, as wide and in the same order as another's."""
+        mine = (self.server_dtype, self.shape, self.memory_order)
+        return mine == (other.server_dtype, other.shape, other.memory_order)
 
     def title(self, index: int) -> str:
         """How a message to a person names it."""
