@@ -28,12 +28,16 @@ def torchs_fused(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(*args, **kwargs, fused=True)
 
 
-def torchs_fused_after_unscaling(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    """torch's, for mixed precision, where it is to be given unscaled gradients as ours is.
+def after_unscaling(adam: OptimizerFactory) -> OptimizerFactory:
+    """Makes one for mixed precision that is given unscaled gradients though its kernel is the fused one.
 
-    Left to itself it unscales inside of its kernel: then Lightning refuses to clip, even in bfloat16, and accelerate
-    does not see which steps a scaler left out.
+    Left to itself it unscales inside of its kernel, torch's as ours: then Lightning refuses to clip, even in bfloat16,
+    and accelerate does not see which steps a scaler left out.
     """
-    optimizer = torchs_fused(*args, **kwargs)
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # torch sets it in the constructor
-    return optimizer
+
+    def make(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = adam(*args, **kwargs)
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # torch sets it in the constructor
+        return optimizer
+
+    return make

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from optimd.client import Adam
 from optimd.server import Server
 from tests.support import assert_equal_parameters, assert_equal_states
-from tests.trainers.factories import OptimizerFactory, fused, torchs_fused, torchs_fused_after_unscaling
+from tests.trainers.factories import OptimizerFactory, after_unscaling, fused, torchs_fused
 
 BATCHES = 9  # odd, so that the last step of each epoch has one batch and the others two
 EPOCHS = 4
@@ -157,7 +157,7 @@ def test_float16_with_a_scaler_ends_as_with_torchs(server: Server) -> None:
             optimizer.zero_grad()
         return run.model, optimizer, skipped
 
-    ours, theirs = train_scaled(fused(server)), train_scaled(torchs_fused_after_unscaling)
+    ours, theirs = train_scaled(after_unscaling(fused(server))), train_scaled(after_unscaling(torchs_fused))
     assert ours[2] == theirs[2]
     assert 0 < sum(ours[2]) < BATCHES
     assert_equal_parameters(ours[0], theirs[0])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from optimd.client import Adam
 from optimd.server import Server
 from tests.support import assert_equal_parameters, assert_equal_states
-from tests.trainers.factories import OptimizerFactory, embedded_fused, fused, torchs_fused, torchs_fused_after_unscaling
+from tests.trainers.factories import OptimizerFactory, after_unscaling, embedded_fused, fused, torchs_fused
 
 BATCHES = 9  # odd, so that the last step of each epoch has one batch and the others two
 EPOCHS = 4
@@ -151,7 +151,7 @@ def assert_equal_runs(ours: pl.Trainer, theirs: pl.Trainer) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
 def test_a_fit_with_clipping_accumulation_and_a_schedule_ends_as_with_torchs(server: Server, precision: str) -> None:
     """Lightning runs the backward pass inside of step(closure) and clips there; a cycle changes lr and betas."""
-    ours, theirs = Regressor(fused(server)), Regressor(torchs_fused_after_unscaling)
+    ours, theirs = Regressor(after_unscaling(fused(server))), Regressor(after_unscaling(torchs_fused))
     assert_equal_runs(
         fitted(ours, trainer_of(precision=precision)),
         fitted(theirs, trainer_of(precision=precision)),
@@ -170,7 +170,7 @@ def test_float16_with_a_scaler_ends_as_with_torchs(server: Server) -> None:
         # Half of the steps' gradients overflow at the first scales.
         return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))
 
-    ours, theirs = Regressor(fused(server)), Regressor(torchs_fused_after_unscaling)
+    ours, theirs = Regressor(after_unscaling(fused(server))), Regressor(after_unscaling(torchs_fused))
     assert_equal_runs(fitted(ours, trainer_of(plugins=[mixed()])), fitted(theirs, trainer_of(plugins=[mixed()])))
     assert 0 < ours.trainer.optimizers[0].job_step < STEPS
 
