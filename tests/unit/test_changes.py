@@ -1,0 +1,432 @@
+"""Writes to parameters that torch does not announce: what the watch names, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from optimd.client.changes import WHOLE_UP_TO, ValueWatch
+
+LARGE: Final = 10 * WHOLE_UP_TO
+RUNS: Final = 128
+BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def watch_of(*tensors: torch.Tensor) -> ValueWatch:
+    watch = ValueWatch()
+    watch.remember(tensors)
+    return watch
+
+
+def three(*numels: int) -> list[torch.Tensor]:
+    """Parameters of these sizes, or three small ones."""
+    return [nn.Parameter(torch.arange(numel, dtype=torch.float32)) for numel in numels or (5, 6, 7)]
+
+
+# --- nothing, and writes that torch counts
+
+
+def test_nothing_is_named_when_nothing_was_written() -> None:
+    """However often one looks, and though everything was read."""
+    tensors = three(5, LARGE, 7)
+    watch = watch_of(*tensors)
+    for _ in range(3):
+        torch.cat([tensor.detach() for tensor in tensors]).sum()
+        (tensors[0] * 2).sum().backward()
+        assert watch.changed(tensors) == set()
+
+
+def test_without_tensors_nothing_is_named() -> None:
+    """As for a worker whose groups are empty."""
+    watch = watch_of()
+    assert watch.changed([]) == set()
+
+
+@pytest.mark.parametrize("numel", [6, LARGE])
+def test_a_write_under_no_grad_names_its_tensor_only(numel: int) -> None:
+    """Wherever in the tensor it was: a version has no sample."""
+    tensors = three(numel, numel, numel)
+    for place in (0, 1, numel // 2 + 1, numel - 1):
+        watch = watch_of(*tensors)
+        with torch.no_grad():
+            tensors[1][place] += 1
+        assert watch.changed(tensors) == {1}
+
+
+def test_a_write_that_leaves_the_content_as_it_was_may_be_named() -> None:
+    """The version moves, which is reason enough; a later look says the same."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    with torch.no_grad():
+        tensors[2].mul_(1)
+    assert watch.changed(tensors) == {2}
+    assert watch.changed(tensors) == {2}
+
+
+def test_what_is_remembered_anew_is_in_order_again() -> None:
+    """After a write of each kind."""
+    tensors = three(5, LARGE, 7)
+    watch = watch_of(*tensors)
+    writes: list[Callable[[], Any]] = [
+        tensors[0].data.zero_,
+        lambda: setattr(tensors[1], "data", torch.ones(LARGE)),
+        lambda: nn.init.ones_(tensors[2]),
+    ]
+    for write in writes:
+        write()
+        assert watch.changed(tensors)
+        watch.remember(tensors)
+        assert watch.changed(tensors) == set()
+
+
+def test_data_that_is_assigned_names_its_tensor_only() -> None:
+    """Its pointer is another, though the content is equal."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    tensors[0].data = tensors[0].detach().clone()
+    assert watch.changed(tensors) == {0}
+
+
+def test_a_tensor_in_another_s_place_is_named() -> None:
+    """Of equal content."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    tensors[1] = nn.Parameter(tensors[1].detach().clone())
+    assert watch.changed(tensors) == {1}
+
+
+def test_tensors_that_change_places_are_named() -> None:
+    """Both of them."""
+    tensors = three(4, 4, 4)
+    watch = watch_of(*tensors)
+    assert watch.changed([tensors[1], tensors[0], tensors[2]]) == {0, 1}
+
+
+def test_a_view_of_the_same_memory_further_on_is_another_tensor() -> None:
+    """The pointer counts, not the storage."""
+    memory = torch.zeros(10)
+    tensor = nn.Parameter(memory[:5])
+    watch = watch_of(tensor)
+    tensor.data = memory[5:]
+    assert watch.changed([tensor]) == {0}
+
+
+# --- writes that only the content shows
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_write_that_only_the_content_shows_names_all(which: int) -> None:
+    """Such writes usually go over the whole model, of which a sample may have missed the others."""
+    tensors = three(5, LARGE, 7)
+    watch = watch_of(*tensors)
+    tensors[which].data.add_(1)
+    assert watch.changed(tensors) == {0, 1, 2}
+
+
+def test_a_hidden_write_beside_a_counted_one_is_seen() -> None:
+    """The counted one is left out of the comparison, not the others of its dtype."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    with torch.no_grad():
+        tensors[0].zero_()
+    tensors[2].data[6] = -1
+    assert watch.changed(tensors) == {0, 1, 2}
+
+
+def test_a_look_between_two_writes_does_not_take_the_first_for_in_order() -> None:
+    """Only `remember` does; undone, it is none."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    before = tensors[1].data.clone()
+    tensors[1].data.zero_()
+    assert watch.changed(tensors) == {0, 1, 2}
+    with torch.no_grad():
+        tensors[0].add_(1)
+    assert watch.changed(tensors) == {0, 1, 2}
+    tensors[1].data.copy_(before)
+    assert watch.changed(tensors) == {0}
+
+
+def test_content_is_remembered_anew_where_the_memory_is_the_same() -> None:
+    """As after a step, which writes every value in place."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    for step in range(3):
+        for tensor in tensors:
+            tensor.data.add_(step)
+        watch.remember(tensors)
+        assert watch.changed(tensors) == set()
+        tensors[step].data[0] += 1
+        assert watch.changed(tensors) == {0, 1, 2}
+        watch.remember(tensors)
+
+
+DTYPES: Final = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
+LAYOUTS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "contiguous": lambda tensor: tensor,
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+    "strided": lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0],
+    "offset": lambda tensor: torch.stack([tensor, tensor])[1],
+}
+
+
+def patterns(dtype: torch.dtype) -> st.SearchStrategy[int]:
+    """Bit patterns of a real element, those of NaNs, zeros and infinities among them."""
+    size = 8 * dtype.itemsize // (2 if dtype.is_complex else 1)
+    special = {
+        16: [0x7FC0, 0x7FC1, 0x8000, 0, 0x7F80, 0x7E00],
+        32: [0x7FC00000, 0x7FC00001, 0x80000000, 0, 0x7F800000],
+        64: [0x7FF8 << 48, (0x7FF8 << 48) + 1, 1 << 63, 0, 0x7FF0 << 48],
+    }[size]
+    return st.one_of(st.sampled_from(special), st.integers(0, 2**size - 1))
+
+
+def element_of(pattern: int, dtype: torch.dtype) -> torch.Tensor:
+    """The 0-dim tensor with these bits; of a complex one, in both of its parts."""
+    size = dtype.itemsize // (2 if dtype.is_complex else 1)
+    data = bytearray(pattern.to_bytes(size, "little") * (dtype.itemsize // size))
+    return torch.frombuffer(data, dtype=dtype)[0]
+
+
+def write_bits(tensor: torch.Tensor, place: tuple[int, ...], element: torch.Tensor) -> bool:
+    """Puts an element in place through `.data`. Whether its bits are others than before."""
+    target = torch.view_as_real(tensor.data[place]) if tensor.is_complex() else tensor.data[place]
+    source = torch.view_as_real(element) if element.is_complex() else element
+    bits = BITS[target.element_size()]
+    differs = not torch.equal(target.view(bits), source.view(bits))
+    target.view(bits).copy_(source.view(bits))
+    return differs
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_each_element_of_a_small_tensor_counts_by_its_bits(data: st.DataObject) -> None:
+    """Whatever the dtype and the strides: named where the bits are others, and not where they are the same."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+    layout = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))]
+    fill = element_of(data.draw(patterns(dtype)), dtype)
+    tensor = layout(fill.expand(shape).clone())
+    others = three()
+    tensors = [others[0], tensor, others[1]]
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+    watch = watch_of(*tensors)
+    version = tensor._version
+    differs = write_bits(tensor, place, element_of(data.draw(patterns(dtype)), dtype))
+    assert tensor._version == version
+    assert watch.changed(tensors) == ({0, 1, 2} if differs else set())
+
+
+@pytest.mark.parametrize("numel", [1, WHOLE_UP_TO - 1, WHOLE_UP_TO])
+def test_a_tensor_that_is_small_enough_is_compared_whole(numel: int) -> None:
+    """Up to and including the limit, to its last element."""
+    tensor = nn.Parameter(torch.zeros(numel))
+    for place in {0, numel // 3, numel // 2 + 1, numel - 2, numel - 1} & set(range(numel)):
+        watch = watch_of(tensor)
+        tensor.data[place] = 1
+        assert watch.changed([tensor]) == {0}, place
+
+
+def test_a_nan_that_stays_is_no_change_and_a_zero_of_another_sign_is_one() -> None:
+    """Bits are compared, not numbers; a NaN of other bits is another NaN."""
+    tensor = nn.Parameter(torch.tensor([math.nan, 0.0, 1.0]))
+    watch = watch_of(tensor)
+    assert watch.changed([tensor]) == set()
+    tensor.data[1] = -0.0
+    assert watch.changed([tensor]) == {0}
+    watch.remember([tensor])
+    (other,) = struct.unpack("<f", struct.pack("<I", 0x7FC00123))
+    tensor.data.view(torch.int32)[0] = struct.unpack("<i", struct.pack("<I", 0x7FC00123))[0]
+    assert math.isnan(other)
+    assert tensor[0].isnan()
+    assert watch.changed([tensor]) == {0}
+
+
+# --- samples of large ones
+
+
+@pytest.mark.parametrize("numel", [WHOLE_UP_TO + 1, WHOLE_UP_TO + 127, LARGE, LARGE + 1])
+def test_a_large_tensor_is_sampled_from_its_first_element_to_its_end(numel: int) -> None:
+    """A write to a 127th of it is seen wherever it is, at both ends too."""
+    tensor = nn.Parameter(torch.zeros(numel))
+    length = math.ceil(numel / (RUNS - 1))
+    for start in (0, 1, 17, numel // 2, numel // 3, numel - length):
+        watch = watch_of(tensor)
+        tensor.data[start : start + length] += 1
+        assert watch.changed([tensor]) == {0}, start
+    watch = watch_of(tensor)
+    tensor.data[0] += 1
+    assert watch.changed([tensor]) == {0}
+
+
+def test_a_write_between_the_samples_is_missed_until_something_else_shows() -> None:
+    """What is looked at of a large tensor is a part of it: such a write needs to be announced, or another to show."""
+    tensors = three(LARGE, 5)
+    watch = watch_of(*tensors)
+    stride = (LARGE - 16) // (RUNS - 1)
+    tensors[0].data[stride - 1] += 1
+    assert watch.changed(tensors) == set()
+    tensors[1].data[0] += 1
+    assert watch.changed(tensors) == {0, 1}
+
+
+LARGE_ONES: Final[dict[str, Callable[[], torch.Tensor]]] = {
+    "transposed": lambda: torch.zeros(200, 100).t(),
+    "channels_last": lambda: torch.zeros(8, 16, 9, 9).to(memory_format=torch.channels_last),
+    "permuted": lambda: torch.zeros(20, 30, 40).permute(2, 0, 1),
+    "strided": lambda: torch.zeros(LARGE, 3)[:, 1],
+    "sliced": lambda: torch.zeros(300, 300)[::2, 5:205],
+    "expanded": lambda: torch.zeros(100, 1).expand(100, 500),
+    "of_one_element": lambda: torch.zeros(()).expand(LARGE),
+    "offset": lambda: torch.zeros(LARGE + 8)[7:-1],
+    "with_ones": lambda: torch.zeros(1, 100, 1, 100, 1),
+    "complex": lambda: torch.zeros(100, 100, dtype=torch.complex64),
+    "conjugate": lambda: torch.zeros(100, 100, dtype=torch.complex64).conj(),
+    "bfloat16": lambda: torch.zeros(100, 100, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("make", LARGE_ONES.values(), ids=LARGE_ONES)
+def test_large_tensors_of_any_strides_are_sampled(make: Callable[[], torch.Tensor]) -> None:
+    """A write over all of one is seen, what lies beside it in memory is not its business, and reading is no write."""
+    tensor = make()
+    assert tensor.numel() > WHOLE_UP_TO
+    watch = watch_of(tensor)
+    assert watch.changed([tensor]) == set()
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    inside = torch.zeros(whole.numel(), dtype=torch.bool)
+    inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+    whole[~inside] = 5
+    assert watch.changed([tensor]) == set()
+    whole[inside] = 5
+    assert watch.changed([tensor]) == {0}
+
+
+def test_what_is_sampled_of_a_large_tensor_is_small() -> None:
+    """The sample costs as much memory for a large tensor as for one at the limit."""
+    for make in LARGE_ONES.values():
+        (sample,) = watch_of(make())._samples
+        assert sample._kept.numel() <= WHOLE_UP_TO
+
+
+# --- what else there may be
+
+
+def test_tensors_without_elements_are_never_named() -> None:
+    """They have nothing to be written to, and no memory."""
+    tensors = [torch.zeros(0, 3), torch.zeros(4), torch.zeros(2, 0, dtype=torch.bfloat16)]
+    watch = watch_of(*tensors)
+    assert watch.changed(tensors) == set()
+    tensors[1].data.add_(1)
+    assert 1 in watch.changed(tensors)
+
+
+def test_tensors_of_several_dtypes_are_watched_at_once() -> None:
+    """A write to one of any of them is seen beside one that torch counts in another."""
+    tensors = [torch.zeros(3, dtype=dtype) for dtype in (*DTYPES, torch.int64, torch.bool) for _ in range(2)]
+    for index, tensor in enumerate(tensors):
+        watch = watch_of(*tensors)
+        tensors[0].add_(1)
+        assert watch.changed(tensors) == {0}
+        if index:
+            tensor.data[2] = 1
+            assert watch.changed(tensors) == set(range(len(tensors))), tensor.dtype
+
+
+def test_tensors_made_in_inference_mode_are_watched_by_their_content() -> None:
+    """They keep no version to look at."""
+    with torch.inference_mode():
+        tensors = [torch.zeros(3), torch.zeros(4)]
+    watch = watch_of(*tensors)
+    assert watch.changed(tensors) == set()
+    with torch.inference_mode():
+        tensors[0].add_(1)
+    assert watch.changed(tensors) == {0, 1}
+
+
+def test_shared_memory_is_watched_through_each_of_its_tensors() -> None:
+    """Tied values that are different Parameters: views share a version, Parameters over `.data` do not."""
+    memory = torch.zeros(8)
+    tensors = [nn.Parameter(memory), nn.Parameter(memory[2:6])]
+    watch = watch_of(*tensors)
+    assert watch.changed(tensors) == set()
+    tensors[0].data[3] = 1
+    assert watch.changed(tensors) == {0, 1}
+
+
+def test_the_memory_of_a_tensor_that_has_moved_may_be_gone() -> None:
+    """It is not looked at any more, while its neighbours are."""
+    tensors = three(5, LARGE, 7)
+    watch = watch_of(*tensors)
+    left = tensors[1].untyped_storage()
+    tensors[1].data = torch.ones(LARGE)
+    left.resize_(0)
+    assert watch.changed(tensors) == {1}
+    tensors[2].data[0] += 1
+    assert watch.changed(tensors) == {0, 1, 2}
+    watch.remember(tensors)
+    assert watch.changed(tensors) == set()
+
+
+def test_memory_that_is_watched_is_not_given_to_another_tensor() -> None:
+    """Else a new tensor could lie where the old one was, and count as the same."""
+    tensor = nn.Parameter(torch.zeros(1000))
+    watch = watch_of(tensor)
+    pointer = tensor.data_ptr()
+    for _ in range(20):
+        tensor.data = torch.zeros(1000)
+        assert tensor.data_ptr() != pointer
+        assert watch.changed([tensor]) == {0}
+
+
+def test_a_tensor_of_another_shape_in_the_same_memory_is_sampled_anew() -> None:
+    """Once it is remembered; the old sample would not look at what it has grown by."""
+    memory = torch.zeros(2, 300)
+    tensor = nn.Parameter(memory[0])
+    watch = watch_of(tensor)
+    tensor.data = memory
+    watch.remember([tensor])
+    assert watch.changed([tensor]) == set()
+    tensor.data[1, 200] = 1
+    assert watch.changed([tensor]) == {0}
+
+
+def test_more_tensors_or_fewer_can_be_remembered() -> None:
+    """As parameters are added and taken away."""
+    tensors = three()
+    watch = watch_of(*tensors[:1])
+    for count in (3, 2):
+        watch.remember(tensors[:count])
+        assert watch.changed(tensors[:count]) == set()
+        tensors[count - 1].data[0] += 1
+        assert watch.changed(tensors[:count]) == set(range(count))
+        watch.remember(tensors[:count])
+
+
+def test_as_many_tensors_as_are_remembered_are_compared() -> None:
+    """Another number of them cannot be told apart."""
+    tensors = three()
+    watch = watch_of(*tensors)
+    with pytest.raises(ValueError, match="longer"):
+        watch.changed(tensors[:2])
+
+
+def test_watching_leaves_tensors_as_they_are() -> None:
+    """Neither written to, nor made to keep a graph."""
+    tensors = three(5, LARGE)
+    versions = [tensor._version for tensor in tensors]
+    watch = watch_of(*tensors)
+    watch.changed(tensors)
+    watch.remember(tensors)
+    assert [tensor._version for tensor in tensors] == versions
+    assert all(tensor.requires_grad and tensor.grad_fn is None for tensor in tensors)
+    (sample,) = watch._samples
+    assert not sample._kept.requires_grad
