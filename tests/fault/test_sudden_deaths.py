@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, ConnectionLostError, ProxyOptions, session
+from optimd.client import Adam, ConnectionLostError, ProxyOptions, pushes
 from optimd.client.parameters import FlatReader
 from optimd.client.statetransfer import bucket_message
 from optimd.server import Server
@@ -78,10 +78,10 @@ def test_a_worker_killed_in_the_middle_of_its_push_is_a_partial_contributor(
         f"""
         import torch
         from optimd.client import Adam, ProxyOptions
-        from optimd.client import session
+        from optimd.client import pushes
 
         # One bucket goes out, then the push stops where a slow worker's would.
-        original = session.bucket_message
+        original = pushes.bucket_message
         sent = []
 
         def stalling(kind, bucket, present, reader):
@@ -92,7 +92,7 @@ def test_a_worker_killed_in_the_middle_of_its_push_is_a_partial_contributor(
                 sent.append(bucket)
             return original(kind, bucket, present, reader)
 
-        session.bucket_message = stalling
+        pushes.bucket_message = stalling
         p = torch.nn.Parameter(torch.zeros(512))
         options = ProxyOptions(rank=1, world_size=2, bucket_bytes=1024, apply="{apply}")
         optimizer = Adam([p], lr=1.0, server="{server.address}", job="partial", options=options)
@@ -130,8 +130,8 @@ def test_a_lone_streaming_worker_killed_in_mid_push_leaves_a_job_that_can_be_res
         f"""
         import torch
         from optimd.client import Adam, ProxyOptions
-        from optimd.client import session
-        original = session.bucket_message
+        from optimd.client import pushes
+        original = pushes.bucket_message
         sent = []
 
         def stalling(kind, bucket, present, reader):
@@ -141,7 +141,7 @@ def test_a_lone_streaming_worker_killed_in_mid_push_leaves_a_job_that_can_be_res
                 sent.append(bucket)
             return original(kind, bucket, present, reader)
 
-        session.bucket_message = stalling
+        pushes.bucket_message = stalling
         p = torch.nn.Parameter(torch.zeros(512))
         options = ProxyOptions(bucket_bytes=1024)
         optimizer = Adam([("table", p)], lr=1.0, server="{server.address}", job="torn", options=options)
@@ -214,7 +214,7 @@ def test_a_killed_server_ends_a_step_that_waits_for_it_at_once(monkeypatch: pyte
                 process.wait(10)
             return original(kind, bucket, present, reader)
 
-        monkeypatch.setattr(session, "bucket_message", killing)
+        monkeypatch.setattr(pushes, "bucket_message", killing)
         with pytest.raises(ConnectionLostError, match=address):
             optimizer.step()
         assert process.wait(10) == -signal.SIGKILL

@@ -10,8 +10,9 @@ import torch
 
 from optimd.server.aggregation import Worker
 from optimd.server.errors import StepTimeoutError, UpdateRefusedError
-from optimd.server.job import Job, JobSettings
+from optimd.server.job import Job
 from optimd.server.membership import Member
+from optimd.server.settings import JobSettings
 from optimd.server.stepping import Round
 from optimd.wire.layout import Parameter
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from optimd.server import update
 from optimd.server.aggregation import Worker
 from optimd.server.errors import InvalidFieldError, LimitExceededError, UnsupportedError
-from optimd.server.job import JobSettings
+from optimd.server.settings import JobSettings
 from optimd.v1 import job_pb2
 from optimd.wire.layout import Parameter, decode_parameter
 from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, MAX_NAME_BYTES, MIN_BUCKET_BYTES

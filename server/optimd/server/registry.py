@@ -11,6 +11,7 @@ from itertools import zip_longest
 
 import torch
 
+from optimd.server.company import JobPhase
 from optimd.server.errors import (
     JobDeletedError,
     JobExistsError,
@@ -19,7 +20,7 @@ from optimd.server.errors import (
     LimitExceededError,
     UnknownJobError,
 )
-from optimd.server.job import Job, JobPhase
+from optimd.server.job import Job
 from optimd.server.membership import Member
 from optimd.server.opening import Opening, WorkerLayout
 from optimd.v1 import job_pb2
