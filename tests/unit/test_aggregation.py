@@ -1,4 +1,4 @@
-"""Synchronous aggregation: by example, and on random schedules of joins, pushes and losses.
+"""Synchronous aggregation: by example, and on random schedules of joins, pushes, skipped ones and losses.
 
 A schedule is a list of numbers, each of which picks one of the events that are legal at its time. `Simulation` keeps
 its own account of who did what, against which the properties compare the aggregator's decisions.
@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, SyncAggregator, Worker
+from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Skip, SyncAggregator, Worker
 
 A, B, C = (Worker(rank, f"host-{rank}") for rank in range(3))
 BUCKETS: Final = (0, 1, 2)
-KINDS: Final = ("join",) * 4 + ("begin",) * 4 + ("push",) * 7 + ("end",) * 2 + ("leave",) * 3
+KINDS: Final = ("join",) * 4 + ("begin",) * 4 + ("push",) * 7 + ("end",) * 2 + ("skip",) * 2 + ("leave",) * 3
 
 
 def formed(*workers: Worker, streaming: bool, step: int = 0) -> SyncAggregator:
@@ -291,6 +291,110 @@ def test_workers_are_named_in_order_of_rank() -> None:
     assert aggregator.end(first) == [ApplyBucket(0, (first, second)), Commit(1, (first, second), ())]
 
 
+# --- skipped pushes
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_skipped_push_leaves_the_step_to_the_others(*, streaming: bool) -> None:
+    """Its worker is waited for like any other, is no contributor, and is named beside them."""
+    aggregator = begun(A, B, C, streaming=streaming)
+    assert aggregator.end(B, skipped=True) == []
+    aggregator.push(A, 0)
+    aggregator.end(A)
+    assert aggregator.missing() == (C,)
+    assert aggregator.end(C) == [ApplyBucket(0, (A, C)), Commit(1, (A, C), (), (B,))]
+    assert not aggregator.is_open
+
+
+def test_streaming_does_not_wait_for_buckets_of_a_skipped_push() -> None:
+    """A bucket that waited for it goes out with its end, and later ones at once."""
+    aggregator = begun(A, B, streaming=True)
+    assert aggregator.push(A, 3) == []
+    assert aggregator.end(B, skipped=True) == [ApplyBucket(3, (A,))]
+    assert aggregator.push(A, 1) == [ApplyBucket(1, (A,))]
+    assert aggregator.end(A) == [Commit(1, (A,), (), (B,))]
+
+
+def test_a_worker_without_gradients_that_does_not_skip_is_a_contributor() -> None:
+    """It counts as zero in a mean; who skips does not count."""
+    aggregator = begun(A, B, C, streaming=False)
+    aggregator.push(A, 0)
+    for worker, skipped in ((A, False), (B, False)):
+        aggregator.end(worker, skipped=skipped)
+    assert aggregator.end(C, skipped=True) == [ApplyBucket(0, (A, B)), Commit(1, (A, B), (), (C,))]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_step_that_all_skip_is_answered_and_not_counted(*, streaming: bool) -> None:
+    """There is nothing to commit; the next step has the same number."""
+    aggregator = begun(A, B, streaming=streaming)
+    assert aggregator.end(B, skipped=True) == []
+    assert aggregator.end(A, skipped=True) == [Skip(0, (A, B))]
+    assert aggregator.step == 0
+    assert not aggregator.is_open
+    for worker in (A, B):
+        aggregator.begin(worker)
+        decisions = aggregator.end(worker)
+    assert decisions == [Commit(1, (A, B), ())]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_skip_does_not_outlive_its_step(*, streaming: bool) -> None:
+    """Whoever skipped one step contributes to the next."""
+    aggregator = formed(A, B, streaming=streaming)
+    for step, skipped in ((1, True), (2, False)):
+        for worker in (A, B):
+            aggregator.begin(worker)
+        aggregator.end(A, skipped=skipped)
+        aggregator.push(B, 0)
+        decisions = aggregator.end(B)
+        contributors = (B,) if skipped else (A, B)
+        assert decisions[-1] == Commit(step, contributors, (), (A,) if skipped else ())
+
+
+def test_gradients_of_a_lost_worker_are_committed_though_all_others_skip() -> None:
+    """They are in the step, as a partial contribution."""
+    aggregator = begun(A, B, streaming=False)
+    aggregator.push(B, 2)
+    assert aggregator.leave(B) == []
+    assert aggregator.end(A, skipped=True) == [ApplyBucket(2, (B,)), Commit(1, (B,), (B,), (A,))]
+
+
+def test_a_worker_that_skips_and_leaves_is_answered_with_the_step() -> None:
+    """Its push is over, and its next one has the next number."""
+    aggregator = begun(A, B, streaming=True)
+    aggregator.end(A, skipped=True)
+    assert aggregator.leave(A) == []
+    assert aggregator.push(B, 0) == [ApplyBucket(0, (B,))]
+    assert aggregator.end(B) == [Commit(1, (B,), (), (A,))]
+    aggregator = begun(A, B, streaming=True)
+    aggregator.end(A, skipped=True)
+    aggregator.leave(A)
+    assert aggregator.end(B, skipped=True) == [Skip(0, (A, B))]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_loss_ends_a_step_that_all_others_skipped(*, streaming: bool) -> None:
+    """Nobody waits for the one that had nothing yet."""
+    aggregator = begun(A, B, C, streaming=streaming)
+    aggregator.end(A, skipped=True)
+    aggregator.end(C, skipped=True)
+    assert aggregator.leave(B) == [Skip(0, (A, C))]
+
+
+def test_a_push_that_has_brought_a_bucket_cannot_be_skipped() -> None:
+    """What is applied cannot be taken back; the push goes on."""
+    aggregator = begun(A, B, streaming=False)
+    aggregator.push(A, 0)
+    with pytest.raises(RuntimeError, match="cannot end"):
+        aggregator.end(A, skipped=True)
+    aggregator.push(A, 1)
+    aggregator.end(B, skipped=True)
+    with pytest.raises(RuntimeError, match="cannot push"):
+        aggregator.push(B, 0)
+    assert aggregator.end(A) == [ApplyBucket(0, (A,)), ApplyBucket(1, (A,)), Commit(1, (A,), (), (B,))]
+
+
 # --- on random schedules
 
 
@@ -300,6 +404,7 @@ class Step:
 
     begun: set[Worker] = field(default_factory=set)
     ended: set[Worker] = field(default_factory=set)
+    skipped: set[Worker] = field(default_factory=set)
     lost: set[Worker] = field(default_factory=set)
     pushed: dict[int, set[Worker]] = field(default_factory=dict)
     applied: list[ApplyBucket] = field(default_factory=list)
@@ -320,9 +425,9 @@ class Outcome:
     decisions: list[Decision]
 
     @property
-    def close(self) -> Commit | Abandon | None:
+    def close(self) -> Commit | Abandon | Skip | None:
         """The decision that ended the step, if one did."""
-        return next((item for item in self.decisions if isinstance(item, Commit | Abandon)), None)
+        return next((item for item in self.decisions if not isinstance(item, ApplyBucket)), None)
 
 
 class Simulation:
@@ -349,6 +454,8 @@ class Simulation:
                 return in_push and worker not in self.step.pushed.get(bucket, ())
             case "end":
                 return in_push
+            case "skip":
+                return in_push and worker not in self.step.pushers(self.step.pushed)
             case _:
                 return worker in self.live
 
@@ -365,11 +472,13 @@ class Simulation:
                 return self.aggregator.push(worker, bucket)
             case "end":
                 return self.aggregator.end(worker)
+            case "skip":
+                return self.aggregator.end(worker, skipped=True)
             case _:
                 return self.aggregator.leave(worker)
 
     def play(self, choice: int) -> Outcome | None:
-        """Lets a legal event happen; None where there is none. The remainder of the choice by 20 picks the kind."""
+        """Lets a legal event happen; None where there is none. The remainder of the choice by 22 picks the kind."""
         wanted = KINDS[choice % len(KINDS)]
         legal = [event for event in events([wanted]) if self.is_legal(*event)]
         legal = legal or [event for event in events(["join", "begin", "push", "end"]) if self.is_legal(*event)]
@@ -397,6 +506,9 @@ class Simulation:
                 self.step.pushed.setdefault(bucket, set()).add(worker)
             case "end":
                 self.step.ended.add(worker)
+            case "skip":
+                self.step.ended.add(worker)
+                self.step.skipped.add(worker)
             case _:
                 self.live.discard(worker)
                 self.formed = self.formed and bool(self.live)
@@ -425,7 +537,7 @@ def play(schedule: list[int], check: Check, *, world_size: int, streaming: bool)
 
 
 schedules = given(
-    schedule=st.lists(st.integers(0, 359), min_size=20, max_size=60),
+    schedule=st.lists(st.integers(0, 395), min_size=20, max_size=60),
     world_size=st.integers(1, 3),
     streaming=st.booleans(),
 )
@@ -442,21 +554,30 @@ def test_random_schedules_reach_every_kind_of_end() -> None:
         if isinstance(outcome.close, Commit):
             seen[simulation.streaming, f"commit {survived}"] += 1
             seen[simulation.streaming, "partial"] += bool(outcome.close.partial_contributors)
+            seen[simulation.streaming, "commit with skipped pushes"] += bool(outcome.close.skipped)
+        if isinstance(outcome.close, Skip):
+            seen[simulation.streaming, f"skip by {outcome.kind}"] += 1
         if isinstance(outcome.close, Abandon):
             seen[simulation.streaming, "abandon"] += 1
         seen[simulation.streaming, "applied by a loss"] += outcome.kind == "leave" and bool(outcome.step.applied)
 
     for _ in range(400):
-        schedule = [dice.randrange(360) for _ in range(60)]
+        schedule = [dice.randrange(396) for _ in range(60)]
         play(schedule, count, world_size=dice.randint(1, 3), streaming=dice.random() < 0.5)
     assert {event for event, times in seen.items() if times >= 5} == {
         (True, "commit with survivors"),
         (True, "commit without workers"),
         (True, "partial"),
+        (True, "commit with skipped pushes"),
+        (True, "skip by skip"),
+        (True, "skip by leave"),
         (True, "abandon"),
         (True, "applied by a loss"),
         (False, "commit with survivors"),
         (False, "partial"),
+        (False, "commit with skipped pushes"),
+        (False, "skip by skip"),
+        (False, "skip by leave"),
         (False, "abandon"),
         (False, "applied by a loss"),
     }
@@ -501,7 +622,7 @@ def test_the_contributors_of_a_bucket_have_pushed_it_or_ended(
     def check(_: Simulation, outcome: Outcome) -> None:
         for item in outcome.decisions:
             if isinstance(item, ApplyBucket):
-                expected = outcome.step.pushed[item.bucket_id] | outcome.step.ended
+                expected = (outcome.step.pushed[item.bucket_id] | outcome.step.ended) - outcome.step.skipped
                 assert item.contributors == tuple(sorted(expected))
 
     play(schedule, check, world_size=world_size, streaming=streaming)
@@ -583,7 +704,7 @@ def test_lost_workers_are_partial_contributors_if_they_had_pushed(
         if isinstance(outcome.close, Commit) and simulation.live:
             partial = outcome.step.lost & outcome.step.pushers(outcome.step.pushed)
             assert outcome.close.partial_contributors == tuple(sorted(partial))
-            assert outcome.close.contributors == tuple(sorted(partial | outcome.step.ended))
+            assert outcome.close.contributors == tuple(sorted(partial | (outcome.step.ended - outcome.step.skipped)))
 
     play(schedule, check, world_size=world_size, streaming=streaming)
 
@@ -659,7 +780,7 @@ def test_events_out_of_place_are_refused_and_leave_no_trace(
         expected = plain.play(choices.pop(0))
         assert expected is not None
         assert outcome.decisions == expected.decisions
-        for event in events(["begin", "push", "end"]):
+        for event in events(["begin", "push", "end", "skip"]):
             if not simulation.is_legal(*event):
                 with pytest.raises(RuntimeError, match="cannot"):
                     simulation.attempt(*event)
@@ -668,4 +789,67 @@ def test_events_out_of_place_are_refused_and_leave_no_trace(
                 simulation.aggregator.join(C)
 
     choices = list(schedule)
+    play(schedule, check, world_size=world_size, streaming=streaming)
+
+
+@several
+@schedules
+def test_no_step_is_committed_without_a_contributor(schedule: list[int], *, world_size: int, streaming: bool) -> None:
+    """And none that has one is skipped."""
+
+    def check(simulation: Simulation, outcome: Outcome) -> None:
+        step = outcome.step
+        given = (step.ended - step.skipped) | (step.lost & step.pushers(step.pushed))
+        if isinstance(outcome.close, Commit):
+            assert outcome.close.contributors
+        if isinstance(outcome.close, Skip):
+            assert not given
+            assert outcome.decisions == [outcome.close]
+            assert outcome.close.step == simulation.commits
+
+    play(schedule, check, world_size=world_size, streaming=streaming)
+
+
+@several
+@schedules
+def test_who_skips_is_no_contributor_of_the_step_or_of_any_bucket(
+    schedule: list[int], *, world_size: int, streaming: bool
+) -> None:
+    """Whenever the bucket is applied: a mean is not divided by it."""
+
+    def check(_: Simulation, outcome: Outcome) -> None:
+        skipped = outcome.step.skipped
+        for item in outcome.step.applied:
+            assert skipped.isdisjoint(item.contributors)
+            assert item.contributors
+        if isinstance(outcome.close, Commit):
+            assert skipped.isdisjoint(outcome.close.contributors)
+            assert outcome.close.skipped == tuple(sorted(skipped))
+
+    play(schedule, check, world_size=world_size, streaming=streaming)
+
+
+@several
+@schedules
+def test_every_push_that_ended_is_answered_by_the_end_of_its_step(
+    schedule: list[int], *, world_size: int, streaming: bool
+) -> None:
+    """By its commit, its skip or its abandonment, once, whatever became of its worker."""
+
+    def check(_: Simulation, outcome: Outcome) -> None:
+        match outcome.close:
+            case Commit(contributors=contributors, skipped=skipped):
+                answered = [*contributors, *skipped]
+            case Skip(pushes=pushes):
+                answered = [*pushes]
+            case Abandon(lost=lost):
+                answered = [*lost]
+            case _:
+                return
+        assert len(set(answered)) == len(answered)
+        assert set(answered) <= outcome.step.begun
+        assert outcome.step.ended <= set(answered)
+        if isinstance(outcome.close, Skip):
+            assert answered == sorted(outcome.step.ended)
+
     play(schedule, check, world_size=world_size, streaming=streaming)
