@@ -133,14 +133,14 @@ def test_what_nobody_changed_is_not_pushed(server: Server) -> None:
 
 def test_a_sparse_write_through_data_is_pushed_when_asked_for(server: Server) -> None:
     """Sampling may miss one element of many; push_parameters() does not."""
-    ours, theirs = (nn.Parameter(torch.zeros(100_000)) for _ in range(2))
+    ours, theirs = (nn.Parameter(torch.zeros(1_000_000)) for _ in range(2))
     with Adam([ours], lr=0.5, server=server.address, **KERNEL) as remote:
         local = torch.optim.Adam([theirs], lr=0.5, **KERNEL)
         for step in range(3):
             for p, optimizer in ((ours, remote), (theirs, local)):
                 p.grad = torch.ones_like(p)
                 if step == 1:
-                    p.data[54_321] = 9.0
+                    p.data[543_217] = 9.0
                     if optimizer is remote:
                         remote.push_parameters()
                 optimizer.step()
@@ -452,8 +452,11 @@ def test_a_loaded_state_replaces_edits(server: Server) -> None:
 
 
 def two(server: Server, work: Callable[[int, nn.Sequential, Any], Any]) -> list[Any]:
+    # Here, not in the threads, which share torch's generator.
+    models = [net(), net()]
+
     def run(rank: int) -> Any:
-        model = net()
+        model = models[rank]
         options = ProxyOptions(rank=rank, world_size=2)
         with Adam(model.parameters(), lr=1e-2, server=server.address, job="two", options=options, **KERNEL) as remote:
             return work(rank, model, remote)

@@ -371,3 +371,20 @@ def test_the_profiler_finds_the_steps_under_torchs_names(server: Server) -> None
         return sorted({event.name for event in profile.events() if event.name.startswith("Optimizer.")})
 
     assert_same(server, program)
+
+
+def test_hooks_of_a_load_see_the_old_state_before_it_and_the_new_one_after_it(server: Server) -> None:
+    """Through `optimizer.state`, and through a state_dict that the hook takes."""
+
+    def program(library: Library) -> Any:
+        optimizer = library.adam(parameters(), fused=True)
+        step(optimizer, 0)
+        saved = state_of(optimizer)
+        step(optimizer, 1)
+        trace: list[Any] = []
+        optimizer.register_load_state_dict_pre_hook(lambda o, _: trace.append([counters(o), state_of(o)]))
+        optimizer.register_load_state_dict_post_hook(lambda o: trace.append([counters(o), state_of(o)]))
+        optimizer.load_state_dict(saved)
+        return trace
+
+    assert_same(server, program)

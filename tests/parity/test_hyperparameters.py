@@ -12,17 +12,21 @@ from typing import Any, Final
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from optimd.server import Server
 from tests.parity.programs import (
     KERNELS,
     Library,
     Rule,
+    all_parameters,
     assert_same,
     attempt,
+    give_gradients,
     parameters,
     state_of,
     step,
+    values,
 )
 
 REAL: Final = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -374,5 +378,78 @@ def test_defaults_changed_by_hand_count_for_groups_added_later(server: Server) -
         optimizer.defaults["lr"] = 0.3
         optimizer.add_param_group({"params": parameters(shapes=[(5,)])})
         return [[step(optimizer, number) for number in range(3)], state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+@pytest.mark.parametrize("kernel", ["foreach", "loop"])
+def test_every_combination_of_the_switches_has_torchs_bits_in_complex128(server: Server, kernel: str) -> None:
+    """SEGFAULTS the server's process: run it alone. Belongs in COMPLEX of the committed file."""
+
+    def program(library: Library) -> Any:
+        seen: dict[str, Any] = {}
+        for combination in COMBINATIONS:
+            optimizer = library.adam(parameters(torch.complex128), lr=0.01, **combination, **KERNELS[kernel])
+            seen[str(combination)] = [[step(optimizer, number) for number in range(5)], state_of(optimizer)]
+        return seen
+
+    assert_same(server, program)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_float64_lr_and_a_0_dim_parameter_have_torchs_bits_in_the_loop(server: Server, *, decoupled: bool) -> None:
+    """Between two 0-dim tensors torch computes in the wider dtype, which a flat slice of one element does not."""
+
+    def program(library: Library) -> Any:
+        lr = torch.tensor(0.01, dtype=torch.float64)
+        optimizer = library.adam(
+            parameters(), lr=lr, weight_decay=0.1, decoupled_weight_decay=decoupled, **KERNELS["loop"]
+        )
+        return [[step(optimizer, number) for number in range(3)], state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+ODD_STEPS: Final[dict[str, Callable[[Library], Optimizer]]] = {
+    "capturable on the CPU, loop": lambda o: o.adam(parameters(), capturable=True, foreach=False, fused=False),
+    "capturable on the CPU, foreach": lambda o: o.adam(parameters(), capturable=True, foreach=True),
+    "fused complex": lambda o: o.adam(parameters(torch.complex64), fused=True),
+    "tensor lr put where foreach is": lambda o: with_option(o.adam(parameters(), foreach=True), lr=torch.tensor(0.1)),
+    "fused put where foreach is": lambda o: with_option(o.adam(parameters(), foreach=True), fused=True),
+    "no lr": lambda o: without_option(o.adam(parameters(), fused=True), "lr"),
+}
+
+
+def with_option(optimizer: Optimizer, **options: Any) -> Optimizer:
+    optimizer.param_groups[0].update(options)
+    return optimizer
+
+
+def without_option(optimizer: Optimizer, option: str) -> Optimizer:
+    del optimizer.param_groups[0][option]
+    return optimizer
+
+
+@pytest.mark.parametrize("what", ODD_STEPS)
+def test_what_torch_first_sees_in_a_step_has_torchs_outcome(server: Server, what: str) -> None:
+    """The constructor took it, as torch's does; the step has torch's error, or its values where it raises none."""
+
+    def program(library: Library) -> Any:
+        optimizer = ODD_STEPS[what](library)
+        give_gradients(all_parameters(optimizer), 0)
+        return [attempt(optimizer.step), values(all_parameters(optimizer))]
+
+    assert_same(server, program)
+
+
+def test_capturable_on_the_cpu_is_constructed_and_without_gradients_stepped_as_in_torch(server: Server) -> None:
+    """torch looks at it with the first gradient."""
+
+    def program(library: Library) -> Any:
+        optimizer = library.adam(parameters(), capturable=True)
+        optimizer.step()
+        optimizer.add_param_group({"params": parameters(), "capturable": True})
+        optimizer.step()
+        return state_of(optimizer)
 
     assert_same(server, program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import optimd.client
 from optimd.server import Server
 from tests.parity.programs import (
     KERNELS,
@@ -554,5 +556,149 @@ def test_an_ensemble_of_stacked_parameters_is_trained_through_vmap(server: Serve
             torch.vmap(call, in_dims=(0, None))(stacked, x).square().sum().backward()
             optimizer.step()
         return [values(stacked.values()), state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+def test_torchs_own_name_may_be_rebound_to_optimds_class(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest way to swap optimizers in code that one does not own."""
+    expected = step(torch.optim.Adam(parameters(), fused=True), 0), step(torch.optim.AdamW(parameters(), fused=True), 0)
+    monkeypatch.setattr(torch.optim, "Adam", optimd.client.Adam)
+    monkeypatch.setattr(torch.optim, "AdamW", optimd.client.AdamW)
+    with torch.optim.Adam(parameters(), fused=True, server=server.address) as remote:  # type: ignore[call-arg, attr-defined]
+        assert all(map(torch.equal, step(remote, 0), expected[0]))
+    with torch.optim.AdamW(parameters(), fused=True, server=server.address) as remote:  # type: ignore[call-arg, attr-defined]
+        assert all(map(torch.equal, step(remote, 0), expected[1]))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("shapes", [((9, 7), (13,), ()), ((5,),)], ids=["same shapes", "another shape"])
+def test_groups_emptied_and_filled_anew_start_without_state(server: Server, shapes: Any, *, reset: bool) -> None:
+    """New parameters are new, whatever shape the old ones in their places had."""
+
+    def program(library: Library) -> Any:
+        optimizer = library.adam(parameters(), lr=0.1, fused=True)
+        step(optimizer, 0)
+        optimizer.param_groups = []
+        if reset:
+            optimizer.state = defaultdict(dict)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(shape)) for shape in shapes]})
+        return [step(optimizer, number) for number in range(1, 4)]
+
+    assert_same(server, program)
+
+
+def test_the_state_of_a_parameter_that_is_away_for_a_while_is_kept(server: Server) -> None:
+    """torch keeps it under the parameter until somebody deletes it."""
+
+    def program(library: Library) -> Any:
+        optimizer = library.adam(parameters(), lr=0.1, fused=True)
+        seen = [step(optimizer, 0)]
+        away = optimizer.param_groups[0]["params"].pop()
+        seen.append(step(optimizer, 1))
+        optimizer.add_param_group({"params": [away]})
+        return [*seen, step(optimizer, 2), state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+def test_popping_state_that_is_not_there_gives_the_default(server: Server) -> None:
+    """As any mapping does."""
+
+    def program(library: Library) -> Any:
+        optimizer = library.adam(parameters(), lr=0.1, fused=True)
+        return [optimizer.state.pop(p, None) for p in all_parameters(optimizer)]
+
+    assert_same(server, program)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_frozen_parameters_may_have_any_dtype(server: Server, dtype: torch.dtype) -> None:
+    """Quantized weights, and buffers that were given along: torch never looks at what has no gradient."""
+
+    def program(library: Library) -> Any:
+        frozen = nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
+        optimizer = library.adam([frozen, *parameters()], lr=0.1, fused=True)
+        for p in parameters():
+            p.grad = torch.ones_like(p)
+        for p in all_parameters(optimizer)[1:]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return [values(all_parameters(optimizer)[1:]), state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+def test_a_hundred_optimizers_live_beside_each_other(server: Server) -> None:
+    """One for each parameter of a model of moderate depth, as stepping within the backward pass has it."""
+
+    def program(library: Library) -> Any:
+        optimizers = [library.adam([nn.Parameter(torch.ones(3))], lr=0.1, fused=True) for _ in range(100)]
+        return [step(optimizer, 0) for optimizer in optimizers]
+
+    assert_same(server, program)
+
+
+def test_an_optimizer_made_in_inference_mode_steps_outside_of_it(server: Server) -> None:
+    """torch's constructor makes no tensors."""
+
+    def program(library: Library) -> Any:
+        with torch.inference_mode():
+            optimizer = library.adam(params, lr=0.1, **KERNELS["loop"])
+        return step(optimizer, 0)
+
+    params: Any = None
+
+    def fresh(library: Library) -> Any:
+        nonlocal params
+        params = parameters()
+        return program(library)
+
+    assert_same(server, fresh)
+
+
+def test_setstate_of_defaults_alone_changes_nothing_else(server: Server) -> None:
+    """torch updates what it is given."""
+
+    def program(library: Library) -> Any:
+        optimizer = library.adam(parameters(), lr=0.1, fused=True)
+        step(optimizer, 0)
+        optimizer.__setstate__({"defaults": optimizer.defaults})
+        return [step(optimizer, 1), state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+def test_a_lazy_module_is_initialized_by_its_first_pass_after_the_optimizer_was_made(server: Server) -> None:
+    """torch asks for the shape with the first gradient."""
+
+    def program(library: Library) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = nn.LazyLinear(4)
+        optimizer = library.adam(module.parameters(), lr=0.1, fused=True)
+        torch.manual_seed(0)
+        module(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        return [values(module.parameters()), state_of(optimizer)]
+
+    assert_same(server, program)
+
+
+def test_rows_written_through_data_count_in_a_large_table(server: Server) -> None:
+    """DESIGN 3.4 excepts these where sampling misses them. They are common: embeddings and codebooks are edited so."""
+
+    def program(library: Library) -> Any:
+        table = nn.Parameter(torch.zeros(3000, 40))
+        optimizer = library.adam([table], lr=0.1, fused=True)
+        seen = []
+        for number in range(3):
+            table.grad = torch.ones_like(table)
+            optimizer.step()
+            table.data[7 * number + 1] = 5.0
+            seen.append(values([table]))
+        table.grad = torch.ones_like(table)
+        optimizer.step()
+        return [seen, values([table])]
 
     assert_same(server, program)

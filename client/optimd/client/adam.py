@@ -10,12 +10,16 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
+from torch.optim.adam import Adam as TorchAdam
 from torch.optim.adam import adam
+from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
 from optimd.client.options import ProxyOptions
 from optimd.client.proxy import OptimizerProxy
 from optimd.client.statetransfer import RemoteEntry
+
+# torch's classes are bound here, once: a program may put ours in their place, under torch's own names.
 
 
 class _AdamRule(OptimizerProxy):
@@ -36,7 +40,7 @@ class _AdamRule(OptimizerProxy):
         return any(group["differentiable"] for group in self.param_groups)
 
     def _make_step(self) -> None:
-        step = inspect.unwrap(torch.optim.Adam.step)
+        step = inspect.unwrap(TorchAdam.step)
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             step(self)
 
@@ -81,7 +85,7 @@ def _rehearse(
     stand_in = SimpleNamespace(state=defaultdict(dict, {parameter: entry}))
     lists: list[list[Any]] = [[] for _ in range(6)]
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-    init_group: Any = torch.optim.Adam._init_group  # noqa: SLF001  # raises what belongs to a state
+    init_group: Any = TorchAdam._init_group  # noqa: SLF001  # raises what belongs to a state
     init_group(stand_in, dict(group, params=[parameter]), *lists)
     beta1, beta2 = group["betas"]
     adam(
@@ -115,7 +119,7 @@ def _kind(value: Any) -> Any:
     return type(value)
 
 
-class Adam(_AdamRule, torch.optim.Adam):
+class Adam(_AdamRule, TorchAdam):
     """`torch.optim.Adam`, with the optimizer state and the update on a server.
 
     The first worker of a job creates it and uploads its parameters; later ones receive the job's parameters and
@@ -162,7 +166,7 @@ class Adam(_AdamRule, torch.optim.Adam):
         job: str | None = None,
         options: ProxyOptions | None = None,
     ) -> None:
-        torch.optim.Adam.__init__(
+        TorchAdam.__init__(
             self,
             params,
             lr=lr,
@@ -180,7 +184,7 @@ class Adam(_AdamRule, torch.optim.Adam):
         self._connect(server, job, options)
 
 
-class AdamW(_AdamRule, torch.optim.AdamW):
+class AdamW(_AdamRule, TorchAdamW):
     """`torch.optim.AdamW`, with the optimizer state and the update on a server.
 
     The arguments are those of `torch.optim.AdamW`, and `server`, `job` and `options` as in `Adam`, with whose errors.
@@ -206,7 +210,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         job: str | None = None,
         options: ProxyOptions | None = None,
     ) -> None:
-        torch.optim.AdamW.__init__(
+        TorchAdamW.__init__(
             self,
             params,
             lr=lr,

@@ -59,6 +59,9 @@ class EmbeddedServer:
         return None
 
 
+_MAX_WORKERS: Final = 1024
+"""How many optimizers may be open at once: some programs have one for each parameter."""
+
 _lock = threading.Lock()
 _servers: dict[str | None, EmbeddedServer] = {}  # guarded by _lock
 
@@ -146,6 +149,7 @@ def _start(folder: Path) -> int:
                 "optimd.server",
                 f"--address=unix://{folder / _SOCKET}",
                 "--no-health",
+                f"--max-workers={_MAX_WORKERS}",
                 "--log-level=warning",
                 f"--lifeline={lifeline_path}",
                 f"--ready-fd={ready_of_child}",

@@ -6,10 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from optimd.wire.dtypes import encode_dtype
+from optimd.wire.dtypes import is_carried
 from optimd.wire.layout import Bucket, Parameter, is_master_of
 from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over
+
+
+def is_held(tensor: torch.Tensor) -> bool:
+    """Whether a server holds a parameter: it has memory, and elements of a type that gradients come in.
+
+    What is not held is what torch never looks at: frozen integers of a quantized model, parameters on the meta device
+    or of a lazy module that has not run yet. It has its index in the job, and no elements.
+    """
+    return not is_lazy(tensor) and not tensor.is_meta and is_carried(tensor.dtype)
+
+
+def form_of(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The dtype and the shape that the job knows a parameter by."""
+    return (tensor.dtype, tuple(tensor.shape)) if is_held(tensor) else (torch.float32, (0,))
 
 
 def describe(tensor: torch.Tensor, name: str, master_dtype: torch.dtype | None = None) -> Parameter:
@@ -21,14 +36,20 @@ def describe(tensor: torch.Tensor, name: str, master_dtype: torch.dtype | None =
         master_dtype: What the server is to keep it in, if it is of a narrower real floating-point type.
 
     Raises:
-        ValueError: its dtype is not carried, or it has no data (the meta device).
+        ValueError: it stands for elements that lie elsewhere, such as a DTensor, or is not strided.
     """
-    encode_dtype(tensor.dtype)
-    if tensor.is_meta:
-        raise ValueError("it is on the meta device and has no values")
-    if master_dtype is not None and not is_master_of(master_dtype, tensor.dtype):
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise ValueError(
+            f"it is a {type(tensor).__name__}, whose elements lie in other tensors; only plain ones can be stepped "
+            "remotely"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"its layout is {tensor.layout}; only strided ones can be stepped remotely")
+    dtype, shape = form_of(tensor)
+    order = memory_order(tensor) if is_held(tensor) else (0,)
+    if master_dtype is not None and not is_master_of(master_dtype, dtype):
         master_dtype = None
-    return Parameter(name, tensor.dtype, tuple(tensor.shape), memory_order(tensor), master_dtype)
+    return Parameter(name, dtype, shape, order, master_dtype)
 
 
 def describe_groups(
@@ -70,11 +91,18 @@ def gradients(tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]) 
         parameters: What describes them.
 
     Raises:
-        RuntimeError: one is sparse, or of another shape or dtype than its parameter.
+        RuntimeError: one is sparse, or of another shape or dtype than its parameter, or of a dtype that is not carried.
     """
-    grads = []
+    grads: list[torch.Tensor | None] = []
     for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
-        grad = tensor.grad
+        grad = None if is_lazy(tensor) else tensor.grad
+        if not is_held(tensor):
+            # On the meta device there is nothing to step.
+            if grad is not None and not tensor.is_meta:
+                raise RuntimeError(
+                    f"{parameter.title(index)} has a gradient and is {tensor.dtype}, which is not carried"
+                )
+            grad = None
         if grad is not None and grad.layout is not torch.strided:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         if grad is not None and (grad.dtype != tensor.dtype or grad.shape != tensor.shape):
@@ -188,7 +216,7 @@ def refuse_shared_memory(tensors: Sequence[torch.Tensor], names: Sequence[str]) 
     """
     spans = []
     for index, tensor in enumerate(tensors):
-        if tensor.numel() and not tensor.is_meta:
+        if is_held(tensor) and tensor.numel():
             start = tensor.storage_offset() * tensor.element_size()
             extent = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             end = start + (extent + 1) * tensor.element_size()

@@ -311,15 +311,20 @@ class OptimizerProxy(Optimizer):
         if self._server_step_hooks is not None:
             self._server_step_hooks.refuse_in_hook("add_param_group()")
         before = len(self.param_groups)
+        session = self._session
+        # Where groups were changed by hand, the next step gives the job all of them at once.
+        follows = session is not None and not self._tracker.layout_differs(
+            session.parameters, session.group_sizes, self.param_groups
+        )
         try:
             _untraced(super().add_param_group)(param_group)
             group = self.param_groups[before]
             _refuse_repetition(group)
-            if self._session is not None:
+            if session is not None and follows:
                 tensors, added = self._tensors(), group["params"]
                 refuse_shared_memory(tensors, [title for known in self.param_groups for title in titles(known)])
                 described = self._described([group], len(tensors) - len(added))
-                adopted = self._session.add_group(group, added, described)
+                adopted = session.add_group(group, added, described)
                 if adopted is not None:
                     _adopt(group, adopted)
                 self._tracker.grow(tensors)
@@ -376,22 +381,20 @@ class OptimizerProxy(Optimizer):
         self._own_hooks().refuse_in_hook("load_state_dict()")
         session = self._open_session()
         self._follow_layout(session, self._tensors())
-        before = self.param_groups
-        lives_here = self._state_here is not None
+        before, state_before = self.param_groups, self._state_here
         try:
-            with self._having_state(), remembering_what_is_loaded(self) as self._loading:
+            with remembering_what_is_loaded(self) as self._loading:
+                # torch's calls `__setstate__`, from where on the loaded state is here, for hooks to see.
                 _untraced(super().load_state_dict)(state_dict)
-                session.load(self.param_groups, self._entries_here(), force=force)
-                loaded = self.state
+            session.load(self.param_groups, self._entries_here(), force=force)
         except BaseException:
-            self.param_groups = before
+            self.param_groups, self._state_here = before, state_before
             raise
         finally:
             self._loading = ()
-        if lives_here:
-            self._state_here = loaded
-        else:
-            self._tracker.cache.replace(loaded, self._fetcher())
+        if not self._is_made_here():
+            loaded, self._state_here = self.state, None
+            self._tracker.replace_state(loaded, self._fetcher())
 
     @property
     def state(self) -> Any:
@@ -419,12 +422,14 @@ class OptimizerProxy(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if self._session is not None:
             # torch's load_state_dict, on its way: it has rounded what the server keeps in a master dtype.
-            self._state_here = state["state"]
+            rest = dict(state)
+            if "state" in rest:
+                self._state_here = rest.pop("state")
             for loaded in self._loading:
                 described = self._open_session().parameters
                 for parameter, entry in unrounded(loaded, self._tensors(), described, self._state_tensors):
                     self.state[parameter].update(entry)
-            super().__setstate__({key: value for key, value in state.items() if key != "state"})
+            super().__setstate__(rest)
             return
         # A copy, or what comes out of a pickle: a job of its own with the same state.
         state = dict(state)
@@ -439,7 +444,7 @@ class OptimizerProxy(Optimizer):
         )
         self._connect(server, None, alone, private=True)
         self._open_session().load(self.param_groups, entries, force=False)
-        self._tracker.cache.replace(here, self._fetcher())
+        self._tracker.replace_state(here, self._fetcher())
         if self._is_made_here():
             self._state_here = here
 
@@ -521,10 +526,12 @@ class OptimizerProxy(Optimizer):
             left, self._state_here = self._state_here, None
             self.state.update(left)
         for group in self.param_groups:
-            for tensor in group["params"][:1]:
+            kinds = {(p.dtype, p.device): p for p in group["params"] if p.grad is not None}
+            for tensor in kinds.values():
                 self._check_step(group, tensor, None)
         self._follow_layout(session, tensors)
         grads = gradients(tensors, session.parameters)
+        self._tracker.keep_departed(tensors, self._stepped)
         changes = self._tracker.changes(tensors)
         if changes.states:
             self._check_states(session, changes.states)
@@ -566,6 +573,7 @@ class OptimizerProxy(Optimizer):
             )
         described = self._described(self.param_groups)
         refuse_shared_memory(tensors, [parameter.name for parameter in described])
+        self._tracker.keep_departed(tensors, self._stepped)
         carried = self._tracker.carried(tensors, described, session.parameters)
         if self._state_here is None:
             edits = self._tracker.cache.edits()
@@ -633,9 +641,13 @@ class OptimizerProxy(Optimizer):
             here = optimizer()
             if here is None:
                 raise OptimizerClosedError("the optimizer that this state belongs to is gone")
-            return here._fetch((index,)).get(index, {})  # noqa: SLF001  # its own
+            return here._tracker.read_ahead.read(index, here._fetch, here._state_sizes())  # noqa: SLF001  # its own
 
         return fetch
+
+    def _state_sizes(self) -> list[int]:
+        """What the states of the job's parameters take, in bytes, at most."""
+        return [parameter.nbytes * len(self._state_tensors) for parameter in self._open_session().parameters]
 
     def _stepped(self) -> Collection[int]:
         """The indices of the parameters that have a state on the server."""

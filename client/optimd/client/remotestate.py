@@ -13,6 +13,15 @@ _PART: Final = 1 << 20
 """How many elements are looked at at once: what that takes of memory is small beside a model."""
 
 
+_READS_ALONE: Final = 3
+"""How many entries are read one by one before those that follow are read with them."""
+
+_AHEAD_BYTES: Final = 4 << 20
+"""How much is read ahead, at most: a worker may have no room for all of it."""
+
+_MOST_AHEAD: Final = 1024
+
+
 class _Mark(NamedTuple):
     """What a value of an entry was when it came from the server."""
 
@@ -115,6 +124,7 @@ class StateCache:
 
     def __init__(self, own: Collection[str]) -> None:
         self.own = frozenset(own)
+        self.fetch: Callable[[int], dict[str, Any]] | None = None
         self.known: list[torch.Tensor] = []
         """The parameters whose state the server holds, by index."""
         self._positions: dict[int, int] = {}
@@ -127,6 +137,16 @@ class StateCache:
     def index(self, tensor: torch.Tensor) -> int | None:
         """The index under which the server holds a parameter's state; None where it does not."""
         return self._positions.get(id(tensor))
+
+    def take_over(self, tensor: torch.Tensor) -> None:
+        """Keeps a parameter's state in this process from now on."""
+        entry = self.entries.get(tensor)
+        if entry is None:
+            index = self.index(tensor)
+            if index is None or self.fetch is None:
+                return
+            entry = self.entries[tensor] = StateEntry(self.own, self.fetcher(tensor, index, self.fetch))
+        entry.detach()
 
     def edits(self) -> dict[torch.Tensor, StateEntry | None]:
         """The parameters whose state was changed by hand, with their entries; None where it was taken away."""
@@ -141,6 +161,7 @@ class StateCache:
             known: The job's parameters.
             fetch: Fetches the state of the parameter with a given index, without foreign keys.
         """
+        self.fetch = fetch
         for tensor, entry in self.entries.items():
             if entry.is_fresh:
                 foreign = {key: value for key, value in dict.items(entry) if key not in self.own}
@@ -148,11 +169,15 @@ class StateCache:
         self.know(known)
         for tensor, entry in [*self.entries.items()]:
             index = self.index(tensor)
-            if index is None:
+            if index is not None:
+                entry.forget(self.fetcher(tensor, index, fetch))
+            elif entry.is_fresh:
+                # As torch keeps the state of a parameter that is in no group any more.
+                entry.detach()
+            else:
+                entry.fill({})
                 entry.detach()
                 del self.entries[tensor]
-            else:
-                entry.forget(self.fetcher(tensor, index, fetch))
         self.foreign = {tensor: keys for tensor, keys in self.foreign.items() if keys}
         self.removed.clear()
 
@@ -203,6 +228,45 @@ class StateCache:
             return {**fetch(index), **(here.foreign.get(tensor, {}) if here is not None else {})}
 
         return fetch_entry
+
+
+class ReadAhead:
+    """Reads entries one by one, and those that follow with them once it is clear that they are wanted.
+
+    A program that goes over its parameters asks for one state after another: each would be a call of its own.
+    """
+
+    def __init__(self) -> None:
+        self._ahead: dict[int, dict[str, Any]] = {}
+        self._reads = 0
+
+    def clear(self) -> None:
+        """What was read ahead is the server's no longer."""
+        self._ahead.clear()
+        self._reads = 0
+
+    def read(
+        self, index: int, fetch: Callable[[Sequence[int]], dict[int, dict[str, Any]]], sizes: Sequence[int]
+    ) -> dict[str, Any]:
+        """The state of the parameter with this index.
+
+        Args:
+            index: The index.
+            fetch: Fetches the state of the parameters with the given indices.
+            sizes: What the states of the parameters take, in bytes.
+        """
+        if index in self._ahead:
+            return self._ahead.pop(index)
+        self._reads += 1
+        wanted, room = [index], _AHEAD_BYTES if self._reads > _READS_ALONE else 0
+        for following in range(index + 1, min(len(sizes), index + _MOST_AHEAD)):
+            room -= sizes[following]
+            if room < 0:
+                break
+            wanted.append(following)
+        fetched = fetch(wanted)
+        self._ahead = {each: fetched.get(each, {}) for each in wanted[1:]}
+        return fetched.get(index, {})
 
 
 class RemoteState(MutableMapping[Any, Any]):
@@ -316,6 +380,16 @@ class RemoteState(MutableMapping[Any, Any]):
         if key not in self:
             return default
         return self[key]
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Takes an entry away and gives it; `default`, if given, where there is none."""
+        if key not in self:
+            if default:
+                return default[0]
+            raise KeyError(key)
+        entry = self[key]
+        del self[key]
+        return entry
 
     def clear(self) -> None:
         """Takes all state away: the next step starts anew."""

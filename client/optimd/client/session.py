@@ -362,6 +362,7 @@ class Session:
             micro=self._micro,
             grad_scale=push.grad_scale,
             skipped=push.skipped,
+            without_gradients=not self.holds_gradients and all(grad is None for grad in push.grads),
         )
         sent, received = stream.bytes_sent, stream.bytes_received
         with self._failing_for_good():

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from optimd.client.changes import ValueWatch
-from optimd.client.remotestate import StateCache
+from optimd.client.parameters import form_of
+from optimd.client.remotestate import ReadAhead, StateCache
 from optimd.client.statetransfer import RemoteEntry
 from optimd.wire.layout import Parameter
 
@@ -31,6 +32,7 @@ class ParameterTracker:
     def __init__(self, state_tensors: Collection[str]) -> None:
         self._state_tensors = tuple(state_tensors)
         self.cache = StateCache({"step", *state_tensors})
+        self.read_ahead = ReadAhead()
         self._watch = ValueWatch()
         # Parameters that count as written to, whatever is noticed.
         self._dirty: set[int] = set()
@@ -47,9 +49,20 @@ class ParameterTracker:
             tensors: The parameters.
             fetch: Fetches the state of one. Must not keep the optimizer alive.
         """
+        self.read_ahead.clear()
         self.cache.settle(tensors, fetch)
         self._dirty.clear()
         self._watch.remember(tensors)
+
+    def replace_state(self, content: Mapping[Any, Any], fetch: Callable[[int], dict[str, Any]]) -> None:
+        """The server was given a whole state.
+
+        Args:
+            content: The state, by parameter.
+            fetch: As in `settle`.
+        """
+        self.read_ahead.clear()
+        self.cache.replace(content, fetch)
 
     def grow(self, tensors: Sequence[torch.Tensor]) -> None:
         """Parameters were added to the job, behind those that are known."""
@@ -59,6 +72,7 @@ class ParameterTracker:
 
     def relocate(self, tensors: Sequence[torch.Tensor], fetch: Callable[[int], dict[str, Any]]) -> None:
         """The job's parameters were replaced by these, with their values; edits of state are still to be pushed."""
+        self.read_ahead.clear()
         self.cache.relocate(tensors, fetch)
         self._dirty.clear()
         self._watch.remember(tensors)
@@ -71,6 +85,22 @@ class ParameterTracker:
     def touch(self) -> None:
         """All parameters count as written to."""
         self._dirty = set(range(len(self.known)))
+
+    def keep_departed(self, tensors: Sequence[torch.Tensor], list_stepped: Callable[[], Collection[int]]) -> None:
+        """Takes the state of parameters that are no longer among `tensors` from the server, as torch keeps it.
+
+        Args:
+            tensors: The parameters as they are now.
+            list_stepped: Tells which of the job's have a state.
+        """
+        present = {id(tensor) for tensor in tensors}
+        gone = [index for index, tensor in enumerate(self.known) if id(tensor) not in present]
+        if not gone:
+            return
+        stepped = set(list_stepped())
+        for index in gone:
+            if index in stepped and self.known[index] not in self.cache.removed:
+                self.cache.take_over(self.known[index])
 
     def layout_differs(
         self, parameters: Sequence[Parameter], group_sizes: Sequence[int], groups: Sequence[Mapping[str, Any]]
@@ -88,7 +118,7 @@ class ParameterTracker:
         for group in groups:
             for tensor in group["params"]:
                 parameter = parameters[index]
-                if tensor.dtype != parameter.dtype or tuple(tensor.shape) != parameter.shape:
+                if form_of(tensor) != (parameter.dtype, parameter.shape):
                     return True
                 if tensor is not self.known[index] and self.cache.index(tensor) is not None:
                     return True

@@ -38,7 +38,9 @@ class ServerConfig:
         "auto", "Where parameters and state live: auto (the first GPU, else the CPU), cpu, cuda or cuda:N."
     )
     threads: int = setting(0, "How many threads torch computes with. 0: half of the cores, at least 1 and at most 4.")
-    max_workers: int = setting(64, "The most workers at once, over all jobs. Each holds one thread.")
+    max_workers: int = setting(
+        256, "The most workers at once, over all jobs. Each holds a thread, and one more while it reads or watches."
+    )
     max_jobs: int = setting(1000, "The most jobs at once.")
     max_job_bytes: int = setting(
         0, "The most bytes that values and state of one job may take. 0: 80 % of the device's memory."

@@ -238,7 +238,8 @@ class JobContent:
             if update.is_made_in_worker(options):
                 # Pushes bring values and states; a gradient would be refused where it is applied.
                 continue
-            for dtype in dtypes:
+            # Others never have a gradient.
+            for dtype in (dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex):
                 refusal = update.refusal(options, dtype, self.store.device)
                 if refusal:
                     raise UpdateRefusedError(refusal)

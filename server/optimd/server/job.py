@@ -383,10 +383,11 @@ class Job:
         layout_count: int,
         micro: int,
         grad_scale: float | None = None,
+        steppable: bool = True,
     ) -> Round:
         """A worker begins a push. Waits until the job is formed.
 
-        The numbers are those of `StepBegin`.
+        The numbers are those of `StepBegin`. Whether the worker's options have to be ones to step with is `steppable`.
 
         Raises:
             OutOfOrderError: the sequence number or the base step is not the one due, or the worker's line is down.
@@ -414,7 +415,8 @@ class Job:
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
                     "compute the gradients again"
                 )
-            self._content.check_steppable(member.groups)
+            if steppable:
+                self._content.check_steppable(member.groups)
             self._aggregator.begin(member.worker)
             member.grad_scale = grad_scale
             return self._stepper.open_round(self.groups)

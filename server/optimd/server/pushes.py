@@ -42,6 +42,7 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             layout_count=begin.layout_count,
             micro=begin.micro,
             grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
+            steppable=not begin.without_gradients,
         )
     except (UpdateRefusedError, AccumulationLostError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
@@ -54,8 +55,8 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
     sent = 0
 
     def push(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
-        if begin.skipped:
-            raise InvalidFieldError("StepBegin.skipped", "a push that is skipped brings no gradients")
+        if begin.skipped or begin.without_gradients:
+            raise InvalidFieldError("StepBegin", "a push that is to bring no gradients has brought some")
         job.push(member, round_, bucket, present, payload)
 
     for _ in _gradients(incoming, job, "step_end", push):

@@ -16,7 +16,7 @@ import torch
 
 from optimd.server import update
 from optimd.wire.kinds import PARAMETER
-from optimd.wire.layout import Bucket, Parameter
+from optimd.wire.layout import Bucket, Parameter, Slice
 from optimd.wire.tensors import bytes_of
 
 # Integers of the sizes of the dtypes that can have a master.
@@ -82,7 +82,7 @@ class Store:
             self.buckets.append(bucket)
             self._views.append(
                 _BucketViews(
-                    values=[self._values[piece.parameter][piece.offset : piece.end] for piece in bucket.slices],
+                    values=[self._slice(self._values[piece.parameter], piece) for piece in bucket.slices],
                     steps=[torch.zeros((), dtype=torch.float32) for _ in bucket.slices],
                 )
             )
@@ -105,7 +105,7 @@ class Store:
         """
         pieces = torch.split(payload, [piece.length for piece in bucket.slices])
         for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
-            view.copy_(piece)
+            view.copy_(piece.view_as(view))
 
     def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
         """The bytes of a bucket's present slices of one kind of tensor, in the dtype that it travels in.
@@ -161,7 +161,10 @@ class Store:
         chosen = [position for position, here in enumerate(present) if here]
         update.update(
             [views.values[position] for position in chosen],
-            [grad.to(device=self.device, dtype=dtype) for grad in grads],
+            [
+                grad.to(device=self.device, dtype=dtype).view_as(views.values[position])
+                for position, grad in zip(chosen, grads, strict=True)
+            ],
             {name: [views.state[name][position] for position in chosen] for name in names},
             [views.steps[position] for position in chosen],
             options,
@@ -187,10 +190,12 @@ class Store:
         bucket_id, position = self._places[index][0]
         step = update.new_step(options, dtype, self.device)
         step.copy_(self._views[bucket_id].steps[position])
+        whole = Slice(index, 0, self.parameters[index].numel)
+        value = self._slice(self._values[index], whole)
         update.update(
-            [self._values[index]],
-            [torch.cat(list(grads)).to(self.device)],
-            {name: [tensor] for name, tensor in entry.tensors.items()},
+            [value],
+            [torch.cat(list(grads)).to(self.device).view_as(value)],
+            {name: [self._slice(tensor, whole)] for name, tensor in entry.tensors.items()},
             [step],
             options,
         )
@@ -294,6 +299,10 @@ class Store:
         """Gives a parameter the state of an equal one of another store, which must not be used for it any more."""
         self.install_state(index, other.step_of(other_index), other._state[other_index].tensors)
 
+    def _slice(self, flat: torch.Tensor, piece: Slice) -> torch.Tensor:
+        """A slice as kernels see it: flat, but for scalars, with which torch has rules of promotion of its own."""
+        return flat[piece.offset : piece.end] if self.parameters[piece.parameter].shape else flat.view(())
+
     def _ensure_state(self, bucket: Bucket, views: _BucketViews, name: str, present: Sequence[bool]) -> None:
         """Makes `views.state[name]` complete for the present slices, with zeros where a parameter is new to it."""
         known = views.state.get(name)
@@ -307,7 +316,7 @@ class Store:
             tensors = self._state[piece.parameter].tensors
             if name not in tensors:
                 tensors[name] = torch.zeros_like(self._values[piece.parameter])
-            known[position] = tensors[name][piece.offset : piece.end]
+            known[position] = self._slice(tensors[name], piece)
 
     def _place_steps(self, views: _BucketViews, options: Mapping[str, Any], dtype: torch.dtype) -> None:
         """Moves the step counters where the kernel reads them; they stay unless the options changed."""

@@ -61,8 +61,6 @@ def refusal(options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
         return "capturable=True needs parameters on a CUDA device, and this server's are on the CPU"
     if options["fused"] and not dtype.is_floating_point:
         return f"fused=True needs real floating-point parameters, and this one is {dtype}"
-    if options["fused"] and options["foreach"]:
-        return "fused=True and foreach=True exclude each other"
     beta1, beta2 = options["betas"]
     if not uses_fused(options, dtype) and (beta1 == 1 or beta2 > 1):
         return f"betas {(beta1, beta2)} have torch's kernel divide by zero or take the root of a negative number"
@@ -126,6 +124,7 @@ def update(
             list(state["exp_avg_sq"]),
             list(state.get("max_exp_avg_sq", ())),
             list(steps),
+            # Where both are set, by hand, torch takes the fused one.
             foreach=False if fused else options["foreach"],
             fused=fused or options["fused"],
             capturable=options["capturable"],

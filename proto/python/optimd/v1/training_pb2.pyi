@@ -22,7 +22,7 @@ STEP_OUTCOME_APPLIED: StepOutcome
 STEP_OUTCOME_SKIPPED_NONFINITE: StepOutcome
 
 class StepBegin(_message.Message):
-    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped")
+    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     GROUP_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class StepBegin(_message.Message):
     MICRO_FIELD_NUMBER: _ClassVar[int]
     GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base_step: int
     group_count: int
@@ -43,7 +44,8 @@ class StepBegin(_message.Message):
     micro: int
     grad_scale: float
     skipped: bool
-    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ...) -> None: ...
+    without_gradients: bool
+    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ...) -> None: ...
 
 class StepEnd(_message.Message):
     __slots__ = ("bucket_count",)

@@ -32,6 +32,11 @@ _BUFFER_DTYPES: Final[dict[torch.dtype, tensor_pb2.Dtype]] = {
 _TORCH_OF_BUFFER: Final = {number: dtype for dtype, number in _BUFFER_DTYPES.items()}
 
 
+def is_carried(dtype: torch.dtype) -> bool:
+    """Whether the wire carries parameters of `dtype`."""
+    return dtype in _DTYPES
+
+
 def encode_dtype(dtype: torch.dtype) -> tensor_pb2.Dtype:
     """The schema's name for `dtype`, that of a parameter.
 

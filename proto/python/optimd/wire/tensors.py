@@ -30,6 +30,9 @@ def bytes_of(flat: torch.Tensor) -> memoryview:
 def tensor_over(payload: memoryview, dtype: torch.dtype) -> torch.Tensor:
     """A flat CPU tensor over `payload`, without a copy. It keeps the payload alive and must not be written to.
 
+    Only complex128 is copied where the payload lies askew: torch's kernels load it with instructions that fault there.
+    All other types are loaded from any address.
+
     Raises:
         ValueError: the payload is not a whole number of elements.
     """
@@ -37,7 +40,10 @@ def tensor_over(payload: memoryview, dtype: torch.dtype) -> torch.Tensor:
         raise ValueError(f"{payload.nbytes} bytes are not a whole number of {dtype} elements")
     if not payload.nbytes:
         return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(payload, dtype=dtype)
+    tensor = torch.frombuffer(payload, dtype=torch.uint8)
+    if dtype is torch.complex128 and tensor.data_ptr() % dtype.itemsize:
+        tensor = tensor.clone()
+    return tensor.view(dtype)
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
