@@ -156,9 +156,9 @@ def test_content_of_different_parameters_does_not_differ(store: Store) -> None:
 )
 def test_what_workers_push_differently_is_named(store: Store, one: dict[str, float], other: dict[str, float]) -> None:
     """In either order, by parameter; what they agree on beside it is not."""
-    for first, second in ((A, B), (B, A)):
+    for first, second in ((one, other), (other, one)):
         content = PushedContent()
-        for worker, kind in ((first, one), (second, other)):
+        for worker, kind in ((A, first), (B, second)):
             both = staged(store, **kind)
             both.values[2] = torch.full((NUMEL,), 6.0)
             content.bring(worker, both)
