@@ -407,7 +407,7 @@ def test_dropped_optimizers_with_hooks_leave_nothing_behind(server: Server, requ
     assert eventually(lambda: not server.registry.all() and not hook_threads())
     assert eventually(lambda: process.num_fds() <= files + 3), process.num_fds()
     assert eventually(lambda: process.num_threads() <= threads + 5), process.num_threads()
-    assert eventually(lambda: server._service._watchers._value == 64)
+    assert eventually(lambda: server._service._watchers._value == server._service._limits.max_workers)
     assert eventually(lambda: all(reference() is None for reference in references))
 
 

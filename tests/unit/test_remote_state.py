@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from optimd.client.remotestate import RemoteState, StateCache, StateEntry
+from optimd.client.remotestate import ReadAhead, RemoteState, StateCache
+from optimd.client.stateentry import StateEntry
 
 OWN: Final = ("step", "exp_avg", "exp_avg_sq")
 
@@ -183,6 +184,10 @@ def another_dtype(entry: StateEntry) -> None:
     entry["exp_avg"] = entry["exp_avg"].double()
 
 
+def equal_bits_of_another_dtype(entry: StateEntry) -> None:
+    entry["exp_avg"] = entry["exp_avg"].view(torch.int32)
+
+
 def another_shape(entry: StateEntry) -> None:
     entry["exp_avg"] = entry["exp_avg"].view(1, 3)
 
@@ -213,7 +218,7 @@ def exchanged(entry: StateEntry) -> None:
 
 EDITS: Final = [
     *(by_key, in_place, through_data, through_a_view, of_the_step, step_as_a_number, another_dtype, another_shape),
-    *(without_a_key, without_any, sign_of_zero, permuted, two_swapped, exchanged),
+    *(equal_bits_of_another_dtype, without_a_key, without_any, sign_of_zero, permuted, two_swapped, exchanged),
 ]
 
 
@@ -295,7 +300,7 @@ def test_a_single_element_or_a_pair_that_changes_places_is_an_edit(data: st.Data
 
 def test_content_is_compared_in_parts_that_together_see_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large state is looked at piece by piece: its first, its last and those at the seams too."""
-    monkeypatch.setattr("optimd.client.remotestate._PART", 16)
+    monkeypatch.setattr("optimd.client.stateentry._PART", 16)
     for place in (0, 15, 16, 31, 32, 40):
         entry = fetched({"exp_avg": torch.arange(41.0)})
         assert not entry.is_edited
@@ -643,14 +648,123 @@ def test_edits_outlive_a_replacement_of_the_parameters_and_all_else_is_fetched_a
 
 
 def test_the_entry_of_a_parameter_that_left_the_job_keeps_what_it_showed(remote: Remote) -> None:
-    """It is a dict of the program's from then on."""
+    """It is the program's from then on, and stays in the mapping, as torch keeps it; nothing is sent of it."""
     gone = remote.parameters.pop()
     entry = remote.state[gone]
     assert entry["step"].item() == 3.0
+    for _ in range(2):
+        remote.cache.relocate(remote.parameters, remote.fetch_one)
+        del remote.held[len(remote.held) - 1]
+        remote.held[len(remote.held)] = content(50.0)
+        assert remote.cache.index(gone) is None
+        assert remote.state[gone] is entry
+        assert entry["step"].item() == 3.0
+        assert plain(remote.state.snapshot()[gone]) == plain(content(3.0))
+
+
+def test_an_entry_of_a_parameter_that_left_the_job_is_not_fetched_by_its_old_index(remote: Remote) -> None:
+    """Which is another parameter's, or nobody's."""
+    gone = remote.parameters[0]
+    assert remote.state[gone]["step"].item() == 1.0
+    remote.step()
+    remote.parameters.pop(0)
+    remote.held = {index - 1: held for index, held in remote.held.items() if index}
+    remote.calls.clear()
     remote.cache.relocate(remote.parameters, remote.fetch_one)
-    assert entry["step"].item() == 3.0
-    assert gone not in remote.state
-    assert remote.cache.index(gone) is None
+    assert remote.calls == []
+    assert [remote.state[tensor]["step"].item() for tensor in remote.parameters] == [3.0, 4.0]
+
+
+def test_the_state_of_a_parameter_that_is_about_to_leave_can_be_taken_over(remote: Remote) -> None:
+    """While the server still has it; looked at before or not."""
+    remote.cache.settle(remote.parameters, remote.fetch_one)
+    looked_at, not_yet, kept = remote.parameters
+    entry = remote.state[looked_at]
+    for tensor in (looked_at, not_yet):
+        remote.cache.take_over(tensor)
+    remote.cache.take_over(nn.Parameter(torch.zeros(1)))
+    assert remote.calls == [0, 1]
+    remote.parameters = [kept]
+    remote.held = {0: content(9.0)}
+    remote.cache.settle(remote.parameters, remote.fetch_one)
+    assert remote.calls == [0, 1]
+    assert remote.state[looked_at] is entry
+    assert (entry["step"].item(), remote.state[not_yet]["step"].item()) == (1.0, 2.0)
+    assert remote.state[kept]["step"].item() == 9.0
+
+
+def test_pop_takes_an_entry_away_and_gives_it_or_the_default(remote: Remote) -> None:
+    """What is not there is not put there either."""
+    first, second, _ = remote.parameters
+    del remote.held[1]
+    entry = remote.state[first]
+    assert remote.state.pop(first) is entry
+    assert entry["step"].item() == 1.0
+    for missing in (first, second, nn.Parameter(torch.zeros(1)), "epoch"):
+        assert remote.state.pop(missing, None) is None
+        assert remote.state.pop(missing, 7) == 7
+        with pytest.raises(KeyError):
+            remote.state.pop(missing)
+        assert missing not in remote.state
+    remote.state["epoch"] = 4
+    assert remote.state.pop("epoch", None) == 4
+    assert remote.cache.edits() == {first: None}
+
+
+# --- reading ahead
+
+
+@pytest.fixture
+def many() -> Remote:
+    """A server with the states of ten parameters."""
+    remote = Remote()
+    remote.held = {index: content(float(index)) for index in range(10)}
+    return remote
+
+
+def test_entries_are_read_one_by_one_until_it_is_clear_that_those_that_follow_are_wanted(many: Remote) -> None:
+    """Three calls, then one for the rest; each entry is its own."""
+    ahead = ReadAhead()
+    for index in range(10):
+        assert ahead.read(index, many.fetch, [100] * 10)["step"].item() == index
+    assert many.calls == [(0,), (1,), (2,), (3, 4, 5, 6, 7, 8, 9)]
+    ahead.read(9, many.fetch, [100] * 10)
+    assert many.calls[-1] == (9,)
+
+
+def test_what_is_read_ahead_is_limited_in_bytes_and_in_order(many: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may have no room for more; what would not fit ends it, also where something small follows."""
+    monkeypatch.setattr("optimd.client.remotestate._AHEAD_BYTES", 250)
+    sizes = [100] * 7 + [1000, 1, 1]
+    ahead = ReadAhead()
+    for index in range(10):
+        ahead.read(index, many.fetch, sizes)
+    assert many.calls == [(0,), (1,), (2,), (3, 4, 5), (6,), (7, 8, 9)]
+
+
+def test_what_was_read_ahead_does_not_outlive_a_step(many: Remote) -> None:
+    """The server has something else then, and the program may want no more than one entry."""
+    ahead = ReadAhead()
+    for index in range(4):
+        ahead.read(index, many.fetch, [100] * 10)
+    ahead.clear()
+    many.held[4]["step"].fill_(40)
+    assert ahead.read(4, many.fetch, [100] * 10)["step"].item() == 40
+    assert many.calls[-1] == (4,)
+
+
+def test_a_parameter_without_state_is_read_ahead_as_one_without(many: Remote) -> None:
+    """And not asked for again."""
+    del many.held[0], many.held[5]
+    ahead = ReadAhead()
+    assert ahead.read(0, many.fetch, [100] * 10) == {}
+    for index in range(1, 6):
+        content_of = ahead.read(index, many.fetch, [100] * 10)
+    assert content_of == {}
+    assert many.calls == [(0,), (1,), (2,), (3, 4, 5, 6, 7, 8, 9)]
+
+
+# --- loads
 
 
 def test_a_load_replaces_edits_and_foreign_keys(remote: Remote) -> None:

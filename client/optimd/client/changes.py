@@ -88,7 +88,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 @torch.no_grad()
 def _content(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What stands for a tensor's bits, of one form for each shape and layout: a NaN is not equal to itself, they are."""
+    """What stands for a tensor's bits (a NaN is not equal to itself), of one form for each shape and layout."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     rows = plain.size(0) if plain.dim() > 1 else 1
     order = memory_order(plain)

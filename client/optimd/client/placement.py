@@ -11,8 +11,8 @@ from typing import Final
 from optimd.client.embedded import embedded_server
 from optimd.client.environment import WorkerEnvironment
 from optimd.client.exceptions import ConfigurationError
+from optimd.client.layoutexchange import JobRequest
 from optimd.client.options import ProxyOptions
-from optimd.client.session import JobRequest
 from optimd.v1 import job_pb2
 
 _ON_EXISTING: Final = {

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, MutableMapping, Sequence, ValuesView
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
-_PART: Final = 1 << 20
-"""How many elements are looked at at once: what that takes of memory is small beside a model."""
-
+from optimd.client.stateentry import StateEntry
 
 _READS_ALONE: Final = 3
 """How many entries are read one by one before those that follow are read with them."""
@@ -20,97 +18,6 @@ _AHEAD_BYTES: Final = 4 << 20
 """How much is read ahead, at most: a worker may have no room for all of it."""
 
 _MOST_AHEAD: Final = 1024
-
-
-class _Mark(NamedTuple):
-    """What a value of an entry was when it came from the server."""
-
-    kind: Any
-    digest: tuple[int, ...]
-
-
-class StateEntry(dict[str, Any]):
-    """`opt.state[p]`: a dict that is fetched from the server when it is first looked at, and again after each step.
-
-    What is put into it, and in-place changes of its tensors, reach the server with the next step. A tensor taken out of
-    it shows the state as it was then. Not thread-safe.
-
-    Args:
-        own: The keys that are the server's business.
-        fetch: Gives the entry's present content; None where it is not the server's.
-    """
-
-    def __init__(self, own: Collection[str], fetch: Callable[[], dict[str, Any]] | None = None) -> None:
-        super().__init__()
-        self._own = own
-        self._fetch = fetch
-        self._marks: dict[str, _Mark] = {}
-        self.is_fresh = fetch is None
-        """Whether it holds its content."""
-
-    def load(self) -> None:
-        """Fetches the content, unless it is there."""
-        if not self.is_fresh and self._fetch is not None:
-            self.fill(self._fetch())
-
-    def fill(self, content: Mapping[str, Any]) -> None:
-        """Takes `content` for what the server holds."""
-        self.is_fresh = True
-        super().clear()
-        super().update(content)
-        self._marks = {key: _marked(value) for key, value in content.items() if key in self._own}
-
-    def forget(self, fetch: Callable[[], dict[str, Any]]) -> None:
-        """The server has moved on: what is looked at next is fetched with `fetch`."""
-        self.is_fresh = False
-        self._fetch = fetch
-        super().clear()
-        self._marks = {}
-
-    def detach(self) -> None:
-        """Keeps the content, which is the server's no longer."""
-        self.load()
-        self._fetch = None
-        self._marks = {}
-
-    @property
-    def is_edited(self) -> bool:
-        """Whether any of its own keys is not what the server holds."""
-        if not self.is_fresh:
-            return False
-        mine = {key for key in self._own if dict.__contains__(self, key)}
-        return mine != self._marks.keys() or any(
-            _marked(dict.__getitem__(self, key)) != self._marks[key] for key in mine
-        )
-
-    def copy(self) -> dict[str, Any]:
-        """A plain dict of the content."""
-        self.load()
-        return dict(dict.items(self))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return copy.deepcopy(self.copy(), memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (dict, (self.copy(),))
-
-
-def _looking_first(name: str) -> Callable[..., Any]:
-    method = getattr(dict, name)
-
-    def looking(self: StateEntry, *args: Any, **kwargs: Any) -> Any:
-        self.load()
-        return method(self, *args, **kwargs)
-
-    looking.__name__ = name
-    return looking
-
-
-for _name in (
-    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__or__", "__repr__"),
-    *("__ror__", "__setitem__", "clear", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
-):
-    setattr(StateEntry, _name, _looking_first(_name))
 
 
 class StateCache:
@@ -451,24 +358,3 @@ class RemoteState(MutableMapping[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (dict, (self.copy(),))
-
-
-def _marked(value: Any) -> _Mark:
-    if not isinstance(value, torch.Tensor):
-        return _Mark(value, ())
-    return _Mark((value.dtype, value.shape), _digest(value.detach()))
-
-
-def _digest(tensor: torch.Tensor) -> tuple[int, int]:
-    """Two numbers that change with the content: in-place writes are not all seen by a tensor's version."""
-    flat = tensor.contiguous().view(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).view(-1)
-    integers = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()])
-    total = weighted = 0
-    for place, part in enumerate(torch.split(integers, _PART) if len(integers) else ()):
-        wide = part.to(torch.int64)
-        total += int(wide.sum())
-        # What only changes places is seen too; the products wrap around.
-        weighted += (place + 1) * int((wide * (2 * torch.arange(len(wide), device=wide.device) + 1)).sum())
-    return total, weighted

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -23,37 +20,21 @@ from optimd.client.exceptions import (
     ProtocolError,
 )
 from optimd.client.joblayout import JobLayout
+from optimd.client.layoutexchange import JobRequest, layout_messages, opening_messages, receive_layout, receive_table
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
 from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries
 from optimd.client.receipts import StepReceipt, decode_receipt
 from optimd.client.statetransfer import RemoteEntry, bucket_message, read_state, state_messages
 from optimd.client.translation import exception_of
-from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
+from optimd.v1 import param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import PARAMETER, encode_kind
-from optimd.wire.layout import Bucket, Parameter, decode_parameter, encode_parameter, unpack_present
+from optimd.wire.layout import Bucket, Parameter, unpack_present
 from optimd.wire.paging import paginate
-from optimd.wire.param_groups import decode_group, encode_group
+from optimd.wire.param_groups import encode_group
 
 _log = logging.getLogger("optimd.client")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobRequest:
-    """Which job to open, as whom, and how. The fields are those of the schema's `OpenJob`."""
-
-    job: str
-    private: bool
-    worker_id: str
-    rank: int
-    rule: str
-    on_existing: job_pb2.OnExisting
-    aggregation: job_pb2.Aggregation
-    apply: job_pb2.ApplyMode
-    bucket_bytes: int
-    max_grad_norm: float | None
-    nonfinite: job_pb2.NonFinite
 
 
 class Session:
@@ -147,7 +128,7 @@ class Session:
         """
         self._stream = self._connection.open_stream()
         with self._failing_for_good():
-            self._stream.send(self._opening(groups, parameters))
+            self._stream.send(opening_messages(self._request, groups, parameters))
             return self._exchange_values(groups, tensors, parameters)
 
     def add_group(
@@ -166,7 +147,7 @@ class Session:
         # Here, not where it is sent: what cannot be encoded must not cost the stream.
         messages = [
             encode(training_pb2.TrainRequest(add_param_group=training_pb2.AddParamGroup(group=index))),
-            *self._layout_pages(index, [group], parameters),
+            *layout_messages(self._request.rule, index, [group], parameters),
         ]
         with self._failing_for_good():
             stream.send(messages)
@@ -198,53 +179,12 @@ class Session:
         announcement = training_pb2.ReplaceLayout(layout_count=number)
         messages = [
             encode(training_pb2.TrainRequest(replace_layout=announcement)),
-            *self._layout_pages(0, groups, parameters, carried),
+            *layout_messages(self._request.rule, 0, groups, parameters, carried),
         ]
         with self._failing_for_good():
             stream.send(messages)
             self._exchange_values(groups, tensors, parameters, replaces=True)
             self._nothing_held()
-
-    def _opening(self, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]) -> Iterator[bytes]:
-        request = self._request
-        yield encode(
-            training_pb2.TrainRequest(
-                open=job_pb2.OpenJob(
-                    job=request.job,
-                    worker=job_pb2.WorkerIdentity(
-                        worker_id=request.worker_id, rank=request.rank, incarnation=secrets.randbits(64)
-                    ),
-                    on_existing=request.on_existing,
-                    aggregation=request.aggregation,
-                    apply=request.apply,
-                    bucket_bytes=request.bucket_bytes,
-                    private=request.private,
-                    client_version=version("optimd"),
-                    max_grad_norm=request.max_grad_norm,
-                    nonfinite=request.nonfinite,
-                )
-            )
-        )
-        yield from self._layout_pages(0, groups, parameters)
-
-    def _layout_pages(
-        self,
-        first: int,
-        groups: Sequence[Mapping[str, Any]],
-        parameters: Sequence[Parameter],
-        carried: Mapping[int, int] | None = None,
-    ) -> Iterator[bytes]:
-        messages = (
-            encode_group(index, self._request.rule, group, parameter_count=len(group["params"]))
-            for index, group in enumerate(groups, first)
-        )
-        for page, _ in paginate(messages):
-            yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(groups=page)))
-        pairs = (job_pb2.CarriedState(parameter=new, carried_from=old) for new, old in (carried or {}).items())
-        for carried_page, _ in paginate(pairs):
-            yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(carried=carried_page)))
-        for specs, last in paginate(encode_parameter(parameter) for parameter in parameters):
-            yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(parameters=specs, last=last)))
 
     def _exchange_values(
         self,
@@ -266,11 +206,11 @@ class Session:
             self._group_sizes = []
         self._bucket_bytes = accepted.bucket_bytes
         first_group = len(self._sent_groups)
-        table = self._receive_table()
+        table = receive_table(stream)
         adopted: list[dict[str, Any]] | None = None
         agreed = list(parameters)
         if not accepted.send_values:
-            adopted, agreed = self._receive_layout()
+            adopted, agreed = receive_layout(stream)
         try:
             new_buckets = self._layout.grow(agreed, table, count=accepted.bucket_count)
         except ValueError as error:
@@ -295,24 +235,6 @@ class Session:
             self.resumed = True
             _log.warning("resuming %s at step %d", self.job, self.job_step)
         return adopted
-
-    def _receive_table(self) -> list[tensor_pb2.BucketSpec]:
-        table: list[tensor_pb2.BucketSpec] = []
-        while True:
-            _, message, _ = self._usable().expect("bucket_table")
-            table += message.bucket_table.buckets
-            if message.bucket_table.last:
-                return table
-
-    def _receive_layout(self) -> tuple[list[dict[str, Any]], list[Parameter]]:
-        groups: list[dict[str, Any]] = []
-        parameters: list[Parameter] = []
-        while True:
-            _, message, _ = self._usable().expect("layout")
-            groups += [decode_group(group) for group in message.layout.groups]
-            parameters += [decode_parameter(spec) for spec in message.layout.parameters]
-            if message.layout.last:
-                return groups, parameters
 
     def _values(
         self, buckets: Sequence[Bucket], tensors: Mapping[int, torch.Tensor], progress: Progress

@@ -1,0 +1,109 @@
+"""Layouts on their way: what a worker says it has, and what the server says the job has."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from optimd.client.connection import TrainStream
+from optimd.v1 import job_pb2, tensor_pb2, training_pb2
+from optimd.wire.codec import encode
+from optimd.wire.layout import Parameter, decode_parameter, encode_parameter
+from optimd.wire.paging import paginate
+from optimd.wire.param_groups import decode_group, encode_group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """Which job to open, as whom, and how. The fields are those of the schema's `OpenJob`."""
+
+    job: str
+    private: bool
+    worker_id: str
+    rank: int
+    rule: str
+    on_existing: job_pb2.OnExisting
+    aggregation: job_pb2.Aggregation
+    apply: job_pb2.ApplyMode
+    bucket_bytes: int
+    max_grad_norm: float | None
+    nonfinite: job_pb2.NonFinite
+
+
+def opening_messages(
+    request: JobRequest, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]
+) -> Iterator[bytes]:
+    """What opens a job."""
+    yield encode(
+        training_pb2.TrainRequest(
+            open=job_pb2.OpenJob(
+                job=request.job,
+                worker=job_pb2.WorkerIdentity(
+                    worker_id=request.worker_id, rank=request.rank, incarnation=secrets.randbits(64)
+                ),
+                on_existing=request.on_existing,
+                aggregation=request.aggregation,
+                apply=request.apply,
+                bucket_bytes=request.bucket_bytes,
+                private=request.private,
+                client_version=version("optimd"),
+                max_grad_norm=request.max_grad_norm,
+                nonfinite=request.nonfinite,
+            )
+        )
+    )
+    yield from layout_messages(request.rule, 0, groups, parameters)
+
+
+def layout_messages(
+    rule: str,
+    first: int,
+    groups: Sequence[Mapping[str, Any]],
+    parameters: Sequence[Parameter],
+    carried: Mapping[int, int] | None = None,
+) -> Iterator[bytes]:
+    """The pages of a layout.
+
+    Args:
+        rule: The update rule, by the schema's name.
+        first: The index of the first group.
+        groups: torch's param_groups.
+        parameters: What describes their parameters.
+        carried: Which of these keep the state of which of the job's, where the layout replaces another.
+    """
+    messages = (
+        encode_group(index, rule, group, parameter_count=len(group["params"]))
+        for index, group in enumerate(groups, first)
+    )
+    for page, _ in paginate(messages):
+        yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(groups=page)))
+    pairs = (job_pb2.CarriedState(parameter=new, carried_from=old) for new, old in (carried or {}).items())
+    for carried_page, _ in paginate(pairs):
+        yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(carried=carried_page)))
+    for specs, last in paginate(encode_parameter(parameter) for parameter in parameters):
+        yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(parameters=specs, last=last)))
+
+
+def receive_table(stream: TrainStream) -> list[tensor_pb2.BucketSpec]:
+    """The bucket table, to its last page. Blocks."""
+    table: list[tensor_pb2.BucketSpec] = []
+    while True:
+        _, message, _ = stream.expect("bucket_table")
+        table += message.bucket_table.buckets
+        if message.bucket_table.last:
+            return table
+
+
+def receive_layout(stream: TrainStream) -> tuple[list[dict[str, Any]], list[Parameter]]:
+    """The job's groups and parameters, to the last page. Blocks."""
+    groups: list[dict[str, Any]] = []
+    parameters: list[Parameter] = []
+    while True:
+        _, message, _ = stream.expect("layout")
+        groups += [decode_group(group) for group in message.layout.groups]
+        parameters += [decode_parameter(spec) for spec in message.layout.parameters]
+        if message.layout.last:
+            return groups, parameters
