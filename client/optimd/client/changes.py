@@ -86,21 +86,28 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
-@torch.no_grad()
 def _content(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What stands for a tensor's bits (a NaN is not equal to itself), of one form for each shape and layout."""
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    rows = plain.size(0) if plain.dim() > 1 else 1
-    order = memory_order(plain)
-    # A copy where the tensor is not dense: the memory between its elements is none of its business.
-    flat = flatten(plain, order).contiguous()
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).view(-1)
+    plain = tensor.detach()
+    rows = 1
+    if plain.is_contiguous() and not plain.is_complex():
+        # By far the most common, and the shortest way.
+        flat = plain.view(-1)
+        rows = plain.size(0) if plain.dim() else 1
+    else:
+        order = memory_order(plain)
+        if order[:1] == (0,):
+            rows = plain.size(0)
+        # A copy where the tensor is not dense: the memory between its elements is none of its business.
+        flat = flatten(plain.resolve_conj().resolve_neg(), order).contiguous()
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).view(-1)
     bits = flat.view(_WORDS[flat.element_size()])
-    if plain.numel() <= WHOLE_UP_TO:
+    count = plain.numel()
+    if count <= WHOLE_UP_TO:
         return (bits.clone(),)
-    if plain.numel() > SUMMED_UP_TO:
-        return (_sample(bits, rows if order[:1] == (0,) else 1),)
+    if count > SUMMED_UP_TO:
+        return (_sample(bits, rows),)
     in_blocks = len(bits) * bits.element_size() // (8 * _BLOCK) * _BLOCK * 8 // bits.element_size()
     words = bits[:in_blocks]
     if words.storage_offset() * words.element_size() % 8 == 0:
