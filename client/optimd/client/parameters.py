@@ -91,7 +91,8 @@ def gradients(tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]) 
         parameters: What describes them.
 
     Raises:
-        RuntimeError: one is sparse, or of another shape or dtype than its parameter, or of a dtype that is not carried.
+        RuntimeError: one is sparse, of another shape or dtype than its parameter, of a dtype that is not carried, or
+            of a parameter whose elements share memory.
     """
     grads: list[torch.Tensor | None] = []
     for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
@@ -110,6 +111,9 @@ def gradients(tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]) 
                 f"{parameter.title(index)} is {tensor.dtype} {list(tensor.shape)}, its gradient {grad.dtype} "
                 f"{list(grad.shape)}; they have to be alike"
             )
+        if grad is not None and 0 in tensor.stride() and tensor.numel() > 1:
+            # Raises torch's own error where elements share memory, before anything is sent.
+            tensor.detach().mul_(1)
         grads.append(grad)
     return grads
 
