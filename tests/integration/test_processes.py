@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 import torch
@@ -21,6 +22,8 @@ from torch import nn
 from optimd.cli.admin import Admin
 from optimd.client import Adam, ConnectionLostError, ForkedProcessError, ProxyOptions
 from optimd.server import ConfigurationError, Server
+from optimd.v1 import admin_pb2
+from optimd.v1.admin_service_pb2_grpc import AdminServiceStub
 from tests.support import ROOT, eventually, running_server, server_process
 
 EXAMPLE = ROOT / "examples" / "train_digits.py"
@@ -306,6 +309,35 @@ def test_a_hundred_dropped_optimizers_leave_nothing_behind(server: Server, reque
     for _ in range(100):
         make_and_drop()
     assert eventually(lambda: not server.registry.all())
+    assert eventually(lambda: process.num_fds() <= files + 3), process.num_fds()
+    assert eventually(lambda: process.num_threads() <= threads + 5), process.num_threads()
+
+
+def test_a_thousand_dropped_optimizers_share_one_embedded_server(request: pytest.FixtureRequest) -> None:
+    """One child process, and in the end no job, stream, thread or open file, though nobody called close()."""
+
+    def make_and_drop() -> str:
+        p = nn.Parameter(torch.ones(3))
+        optimizer = Adam([p])
+        p.grad = torch.ones(3)
+        optimizer.step()
+        # What a look at the state leaves behind must not keep the optimizer either.
+        assert optimizer.state[p]["step"] == 1
+        optimizer.state[p]["exp_avg"].zero_()
+        return optimizer.server
+
+    gc.collect()
+    gc.disable()
+    request.addfinalizer(gc.enable)
+    address = make_and_drop()
+    process = psutil.Process()
+    files, threads = process.num_fds(), process.num_threads()
+    for _ in range(1000):
+        assert make_and_drop() == address
+    assert len([child for child in process.children() if "optimd.server" in child.cmdline()]) == 1
+    with grpc.insecure_channel(address) as channel:
+        admin = AdminServiceStub(channel)
+        assert eventually(lambda: not admin.ListJobs(admin_pb2.ListJobsRequest()).jobs)
     assert eventually(lambda: process.num_fds() <= files + 3), process.num_fds()
     assert eventually(lambda: process.num_threads() <= threads + 5), process.num_threads()
 
