@@ -230,3 +230,22 @@ def test_a_replacement_that_another_worker_has_brought_is_received(server: Serve
         assert received[-1].ready.layout_count == 1
         second.send(begin())
         assert second.fails()[1].reason == errors_pb2.ERROR_REASON_JOB_MISMATCH
+
+
+def test_a_replacement_that_was_broken_off_does_not_come_with_what_is_brought_next(server: Server) -> None:
+    """A group that is added goes beside the parameters as they were."""
+    with PlainWorker(server).opened() as worker:
+        worker.send(replace(), layout_of([20]))
+        worker.until("bucket_table")
+        worker._responses.cancel()
+        assert eventually(lambda: server.registry.get("plain").worker_count == 0)
+    with PlainWorker(server) as again:
+        again.send(again.open_job(), again.layout())
+        again.until("ready")
+        page = layout_of([7])
+        page.layout.groups[0].index = 1
+        again.send(Request(add_param_group=training_pb2.AddParamGroup(group=1)), page)
+        assert again.until("layout_accepted")[-1].layout_accepted.send_values
+        again.send(values(2, PARAMETER, 7, 2.0))
+        assert again.until("ready")[-1].ready.layout_count == 0
+        assert job_content(again, PARAMETER)[0][PARAMETER] == [1.0] * 300 + [2.0] * 7

@@ -236,6 +236,16 @@ def test_a_tensor_that_is_small_enough_is_compared_whole(numel: int) -> None:
         assert watch.changed([tensor]) == {0}, place
 
 
+def test_elements_of_a_small_tensor_that_change_places_are_seen() -> None:
+    """Also two that lie side by side in halves of words, whose sum stays the same."""
+    tensor = nn.Parameter(torch.arange(WHOLE_UP_TO, dtype=torch.float32))
+    watch = watch_of(tensor)
+    for place in (0, WHOLE_UP_TO // 2, WHOLE_UP_TO - 3):
+        tensor.data[[place, place + 2]] = tensor.data[[place + 2, place]]
+        assert watch.changed([tensor]) == {0}, place
+        watch.remember([tensor])
+
+
 def test_a_nan_that_stays_is_no_change_and_a_zero_of_another_sign_is_one() -> None:
     """Bits are compared, not numbers; a NaN of other bits is another NaN."""
     tensor = nn.Parameter(torch.tensor([math.nan, 0.0, 1.0]))
