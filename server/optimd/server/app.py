@@ -29,7 +29,6 @@ RESERVED_THREADS: Final = 8
 """Threads for health and admin calls beside those for streams: they answer while every stream is taken."""
 
 _THREAD_END_S: Final = 5.0
-_FAREWELL_S: Final = 1.0
 
 _CHANNEL_OPTIONS: Final = (
     # Without this a second server on the same port would silently share its connections.
@@ -111,10 +110,7 @@ class Server:
         """Stops: takes no new streams, waits up to `drain_timeout_s` for open steps, ends the streams. Blocks."""
         self._service.drain()
         if self._health is not None:
-            # It sends to every watcher, and can wait for ever for one that is just going away (seen): it gets a second.
-            farewell = threading.Thread(target=self._health.enter_graceful_shutdown, daemon=True)
-            farewell.start()
-            farewell.join(_FAREWELL_S)
+            self._health.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain_timeout_s
         for job in self.registry.all():
             if not job.drain(max(0.0, deadline - time.monotonic())):
