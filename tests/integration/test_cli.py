@@ -198,7 +198,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(server: Server) -> No
 
 
 def test_calls_that_nobody_reads_do_not_take_the_servers_threads() -> None:
-    """Health watches cost none; reads beyond the limit are refused at once, and training goes on."""
+    """Health watches have their own; reads beyond the limit are refused at once, and training goes on."""
     from optimd.v1 import reading_pb2, tensor_pb2
     from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 
