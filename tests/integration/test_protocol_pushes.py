@@ -206,7 +206,7 @@ WRONG_CONTENT: Final[list[tuple[str, list[training_pb2.TrainRequest], str, str]]
         "INVALID_FIELD",
         "PushedEntry.state.parameter: is another than the entry's",
     ),
-    ("nan step", [*VALUE[:1], page(state_of(0, NAN))], "INVALID_FIELD", "ParameterState.step: is not a number"),
+    ("nan step", [*VALUE[:1], page(state_of(0, NAN))], "INVALID_FIELD", "ParameterState.step: nan is not a number"),
     ("kind", [*VALUE[:1], page(state_of(0, 1.0, 99))], "INVALID_FIELD", "ParameterState.tensors: unknown tensor kind"),
     ("value as state", [*VALUE[:1], page(state_of(0, 1.0, PARAMETER))], "INVALID_FIELD", "are not state"),
     ("gradient as state", [*VALUE[:1], page(state_of(0, 1.0, GRADIENT))], "INVALID_FIELD", "are not state"),
@@ -631,3 +631,39 @@ def test_a_skipped_push_is_answered_with_the_step_of_the_others(server: Server) 
     twin.step(0.5)
     with PlainWorker(server) as reader:
         assert twin.equals(reader)
+
+
+@pytest.mark.parametrize("step", [1e300, -1e300])
+def test_a_pushed_step_that_no_counter_can_hold_gets_a_clean_answer(
+    server: Server, bystander: Callable[[], None], step: float
+) -> None:
+    """Counters are float32."""
+    gets_a_clean_answer(
+        server,
+        bystander,
+        [begin(pushed_pages=1), page(value_of(0), state_of(0, step)), *whole(PARAMETER, 5.0), *grads(), end(2)],
+        "INVALID_FIELD",
+        "ParameterState.step",
+    )
+
+
+def test_a_loaded_step_that_no_counter_can_hold_gets_a_clean_answer(
+    server: Server, bystander: Callable[[], None]
+) -> None:
+    """Before anything of the load is in place."""
+    state = state_dict_pb2.StateDictPage(
+        param_groups=list(layout_of([300]).layout.groups),
+        state=[state_dict_pb2.ParameterState(parameter=0, step=1e300)],
+        last=True,
+    )
+    gets_a_clean_answer(
+        server,
+        bystander,
+        [
+            Request(load_state=training_pb2.LoadState(digest=b"d", load_count=1)),
+            Request(state_dict=state),
+            Request(load_state_end=training_pb2.LoadStateEnd()),
+        ],
+        "INVALID_FIELD",
+        "ParameterState.step",
+    )

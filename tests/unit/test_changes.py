@@ -517,3 +517,34 @@ def test_watching_leaves_tensors_as_they_are() -> None:
     assert [tensor._version for tensor in tensors] == versions
     assert all(tensor.requires_grad and tensor.grad_fn is None for tensor in tensors)
     assert not any(part.requires_grad for mark in watch._marks for part in mark.content)
+
+
+@pytest.mark.parametrize("numel", [8192, 40_960, 131_072])
+def test_float64_values_that_change_their_sign_are_seen(numel: int) -> None:
+    """A block sums 256 int64 words: 256 sign bits of 2**63 are 0 modulo 2**64. numel: a multiple of 256."""
+    tensor = nn.Parameter(torch.randn(numel, dtype=torch.float64))
+    watch = ValueWatch()
+    watch.remember([tensor])
+    tensor.data.neg_()
+    assert watch.changed([tensor]) == {0}
+
+
+def test_two_float64_values_of_one_block_that_change_their_sign_are_seen() -> None:
+    tensor = nn.Parameter(torch.randn(8192, dtype=torch.float64))
+    watch = ValueWatch()
+    watch.remember([tensor])
+    tensor.data[5] *= -1
+    tensor.data[99] *= -1
+    assert watch.changed([tensor]) == {0}
+
+
+def test_memory_that_is_watched_is_not_given_out_again() -> None:
+    """Or what is assigned later could come to lie there, with the same version, and pass for what was remembered."""
+    tensor = nn.Parameter(torch.ones(30_000))
+    watch = ValueWatch()
+    watch.remember([tensor])
+    first = tensor.data_ptr()
+    for _ in range(100):
+        tensor.data = tensor.data * 1.0
+        assert tensor.data_ptr() != first
+        assert watch.changed([tensor]) == {0}

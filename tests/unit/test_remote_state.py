@@ -877,3 +877,78 @@ def test_an_entry_of_a_forgotten_optimizer_raises_what_fetching_it_raises() -> N
         with pytest.raises(GoneError):
             not_yet["step"]
     assert not not_yet.is_fresh
+
+
+@pytest.mark.parametrize("numel", [2, 4, 100])
+def test_a_float64_state_of_an_even_number_of_elements_that_changes_its_sign_is_an_edit(numel: int) -> None:
+    """remotestate._digest: each sign bit weighs 2**63 in both sums modulo 2**64, so that an even number is lost."""
+    entry = fetched({"exp_avg": torch.randn(numel, dtype=torch.float64)})
+    entry["exp_avg"].neg_()
+    assert entry.is_edited
+
+
+def test_a_small_float32_state_that_changes_its_sign_is_an_edit() -> None:
+    """As above: signs + - - + cancel in the sum and in the weighted sum (1 - 3 - 5 + 7); 2 of 16 sign patterns."""
+    entry = fetched({"exp_avg": torch.tensor([1.0, -2.0, -3.0, 4.0])})
+    entry["exp_avg"].neg_()
+    assert entry.is_edited
+
+
+def test_elements_that_change_places_between_two_parts_are_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part 0 element 1 and part 2 element 0 have the same weight 3 (real _PART: elements 1 and 2**21)."""
+    monkeypatch.setattr("optimd.client.stateentry._PART", 16)
+    entry = fetched({"exp_avg": torch.arange(48.0)})
+    entry["exp_avg"][[1, 32]] = entry["exp_avg"][[32, 1]]
+    assert entry.is_edited
+
+
+def test_pop_of_a_missing_state_gives_the_default(remote: Remote) -> None:
+    """torch's defaultdict does; MutableMapping.pop relies on a KeyError that __getitem__ never raises."""
+    del remote.held[1]
+    assert remote.state.pop(remote.parameters[1], None) is None
+    assert remote.state.pop(nn.Parameter(torch.zeros(1)), None) is None
+    assert remote.state.pop("x", 5) == 5
+    with pytest.raises(KeyError):
+        remote.state.pop("x")
+
+
+def test_setdefault_of_a_missing_state_puts_the_default_in(remote: Remote) -> None:
+    """Likewise: it is ignored now."""
+    del remote.held[1]
+    assert plain(remote.state.setdefault(remote.parameters[1], content(3.0))) == plain(content(3.0))
+    assert remote.state.setdefault("x", {"n": 1}) == {"n": 1}
+
+
+def test_an_in_place_or_is_an_edit_and_reversed_is_a_look(remote: Remote) -> None:
+    """__ior__ and __reversed__ are not among the methods that look first."""
+    entry = StateEntry(OWN, lambda: content(5.0))
+    assert list(reversed(entry)) == ["exp_avg_sq", "exp_avg", "step"]
+    remote.state[remote.parameters[0]] |= {"step": torch.tensor(100.0)}
+    assert remote.state[remote.parameters[0]]["step"].item() == 100.0
+    assert remote.edited() == [0]
+
+
+def test_an_entry_is_equal_to_another_that_was_not_looked_at() -> None:
+    """Only the left one is fetched."""
+    here = {"step": 1.0}
+    assert StateEntry(OWN, lambda: here) == StateEntry(OWN, lambda: here)
+
+
+def test_a_snapshot_is_one_call_however_much_was_looked_at_before(remote: Remote) -> None:
+    """snapshot() asks `if entry and index is None`: bool(entry) fetches each entry that was looked at before the step.
+
+    opt.state_dict() after a look at every entry makes one call a parameter and keeps all of the state here.
+    """
+    looked_at = list(remote.state.values())
+    remote.step()
+    remote.calls.clear()
+    remote.state.snapshot()
+    assert remote.calls == ["all"]
+    assert not any(entry.is_fresh for entry in looked_at)
+
+
+def test_contains_and_iteration_agree_on_a_state_that_was_taken_away(remote: Remote) -> None:
+    """torch: an entry that was looked at, or put in empty, is there."""
+    tensor = remote.parameters[0]
+    remote.state[tensor] = {}
+    assert (tensor in remote.state) == (tensor in list(remote.state))

@@ -21,8 +21,8 @@ WHOLE_UP_TO: Final = 4096
 SUMMED_UP_TO: Final = 1 << 17
 """Tensors of at most so many elements are compared by sums of blocks."""
 
-_BLOCK: Final = 256
-"""How many 8-byte words make a block."""
+_BLOCK_BYTES: Final = 2048
+"""How much is summed up."""
 
 _RUNS: Final = 256
 """How many places of the largest tensors are looked at, at least."""
@@ -36,7 +36,8 @@ _WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Mark(NamedTuple):
     """What a tensor was when it was last in order."""
 
-    pointer: int
+    held: torch.Tensor
+    """Its memory, which is kept: nothing else may come to lie at the same address and look the same."""
     version: int
     content: tuple[torch.Tensor, ...]
 
@@ -44,9 +45,10 @@ class _Mark(NamedTuple):
 class ValueWatch:
     """Remembers parameters as they are, and tells which of them are not so any more.
 
-    Noticed is all but some writes through `.data`: exchanges within a 2 KiB block of a tensor of more than
-    `WHOLE_UP_TO` elements, and, in one of more than `SUMMED_UP_TO`, what a sample does not meet. The sample meets every
-    row of at least 1 KiB. Not thread-safe.
+    Noticed is all but some writes through `.data`: what leaves the sums of all 2 KiB blocks of a tensor of more than
+    `WHOLE_UP_TO` elements as they were, such as exchanges within them, and what a sample of one of more than
+    `SUMMED_UP_TO` does not meet. The sample meets every row of at least 1 KiB. Keeps the memory of the remembered
+    tensors. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -70,13 +72,13 @@ def _mark(tensor: torch.Tensor) -> _Mark | None:
     """None where the job has none of a tensor's elements."""
     if not is_held(tensor):
         return None
-    return _Mark(tensor.data_ptr(), _version(tensor), _content(tensor))
+    return _Mark(tensor.detach(), _version(tensor), _content(tensor))
 
 
 def _is_still(tensor: torch.Tensor, mark: _Mark | None) -> bool:
     if mark is None or not is_held(tensor):
         return mark is None
-    if (tensor.data_ptr(), _version(tensor)) != (mark.pointer, mark.version):
+    if (tensor.data_ptr(), _version(tensor)) != (mark.held.data_ptr(), mark.version):
         return False
     return all(torch.equal(now, then) for now, then in zip(_content(tensor), mark.content, strict=True))
 
@@ -108,11 +110,11 @@ def _content(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (bits.clone(),)
     if count > SUMMED_UP_TO:
         return (_sample(bits, rows),)
-    in_blocks = len(bits) * bits.element_size() // (8 * _BLOCK) * _BLOCK * 8 // bits.element_size()
+    in_blocks = len(bits) * bits.element_size() // _BLOCK_BYTES * _BLOCK_BYTES // bits.element_size()
+    # As 4-byte words, summed up in 8 bytes: with wider ones a flipped sign could drop out.
     words = bits[:in_blocks]
-    if words.storage_offset() * words.element_size() % 8 == 0:
-        words = words.view(torch.int64)
-    return words.view(-1, _BLOCK).sum(1), bits[in_blocks:].clone()
+    words = words.view(torch.int32) if words.storage_offset() * words.element_size() % 4 == 0 else words
+    return words.view(-1, _BLOCK_BYTES // words.element_size()).sum(1), bits[in_blocks:].clone()
 
 
 def _sample(bits: torch.Tensor, rows: int) -> torch.Tensor:

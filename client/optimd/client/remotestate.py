@@ -259,9 +259,9 @@ class RemoteState(MutableMapping[Any, Any]):
         cache = self._cache
         if not isinstance(key, torch.Tensor):
             return key in cache.others
-        if key in cache.removed:
-            return bool(cache.entries.get(key))
         entry = cache.entries.get(key)
+        if key in cache.removed:
+            return entry is not None
         if (entry is not None and entry.is_fresh) or key in cache.foreign:
             return True
         index = cache.index(key)
@@ -286,6 +286,12 @@ class RemoteState(MutableMapping[Any, Any]):
         """The entry of a parameter, or `default` where it has none. Adds none, as a look by `[]` does."""
         if key not in self:
             return default
+        return self[key]
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """The entry of a parameter; where it has none, `default` becomes it."""
+        if key not in self:
+            self[key] = {} if default is None else default
         return self[key]
 
     def pop(self, key: Any, *default: Any) -> Any:
@@ -326,7 +332,7 @@ class RemoteState(MutableMapping[Any, Any]):
                 plain = {**own, **cache.foreign.get(tensor, {})}
             if plain:
                 content[tensor] = plain
-        unknown = (tensor for tensor, entry in cache.entries.items() if entry and cache.index(tensor) is None)
+        unknown = (tensor for tensor, entry in cache.entries.items() if cache.index(tensor) is None and entry)
         content.update((tensor, cache.entries[tensor].copy()) for tensor in unknown)
         return {**content, **cache.others}
 

@@ -16,7 +16,7 @@ class _Mark(NamedTuple):
     """What a value of an entry was when it came from the server."""
 
     kind: Any
-    digest: tuple[int, ...]
+    digest: int
 
 
 class StateEntry(dict[str, Any]):
@@ -78,6 +78,14 @@ class StateEntry(dict[str, Any]):
         self.load()
         return dict(dict.items(self))
 
+    def __eq__(self, other: object) -> bool:
+        return dict.__eq__(self.copy(), other.copy() if isinstance(other, StateEntry) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # as a dict's
+
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(self.copy(), memo)
 
@@ -97,28 +105,47 @@ def _looking_first(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__or__", "__repr__"),
-    *("__ror__", "__setitem__", "clear", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
+    *("__contains__", "__delitem__", "__getitem__", "__ior__", "__iter__", "__len__", "__or__", "__repr__"),
+    *(
+        "__reversed__",
+        "__ror__",
+        "__setitem__",
+        "clear",
+        "get",
+        "items",
+        "keys",
+        "pop",
+        "popitem",
+        "setdefault",
+        "update",
+        "values",
+    ),
 ):
     setattr(StateEntry, _name, _looking_first(_name))
 
 
 def _marked(value: Any) -> _Mark:
     if not isinstance(value, torch.Tensor):
-        return _Mark(value, ())
+        return _Mark(value, 0)
     return _Mark((value.dtype, value.shape), _digest(value.detach()))
 
 
-def _digest(tensor: torch.Tensor) -> tuple[int, int]:
-    """Two numbers that change with the content: in-place writes are not all seen by a tensor's version."""
+def _digest(tensor: torch.Tensor) -> int:
+    """A number that changes with the content: in-place writes are not all seen by a tensor's version."""
     flat = tensor.contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
     integers = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()])
-    total = weighted = 0
+    total = 0
     for place, part in enumerate(torch.split(integers, _PART) if len(integers) else ()):
-        wide = part.to(torch.int64)
-        total += int(wide.sum())
-        # What only changes places is seen too; the products wrap around.
-        weighted += (place + 1) * int((wide * (2 * torch.arange(len(wide), device=wide.device) + 1)).sum())
-    return total, weighted
+        # Bits are mixed with their place before they are summed up, as MurmurHash3's finalizer does it, so that neither
+        # exchanges nor flipped signs cancel out. All of it wraps around.
+        mixed = torch.arange(place * _PART, place * _PART + len(part), device=part.device)
+        mixed *= -7046029254386353131
+        mixed ^= part
+        for factor in (-49064778989728563, -4265267296055464877):
+            mixed ^= mixed >> 33
+            mixed *= factor
+        mixed ^= mixed >> 33
+        total = (total + int(mixed.sum())) % (1 << 64)
+    return total

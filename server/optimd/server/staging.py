@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import Final
+
+import torch
 
 from optimd.server.errors import InvalidFieldError
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.store import StagedState, Store
 from optimd.v1 import state_dict_pb2
 from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind
+
+_LARGEST_STEP: Final = torch.finfo(torch.float32).max
 
 
 def read_entries(store: Store, entries: Iterable[state_dict_pb2.ParameterState]) -> list[tuple[int, float, list[str]]]:
@@ -19,14 +23,14 @@ def read_entries(store: Store, entries: Iterable[state_dict_pb2.ParameterState])
         What `Store.stage` takes.
 
     Raises:
-        InvalidFieldError: a parameter or a tensor is unknown, or a step is no number of steps.
+        InvalidFieldError: a parameter or a tensor is unknown, or a step is not what a counter can hold.
     """
     checked = []
     for entry in entries:
         if entry.parameter >= len(store.parameters):
             raise InvalidFieldError("ParameterState.parameter", f"{entry.parameter} is unknown")
-        if math.isnan(entry.step):
-            raise InvalidFieldError("ParameterState.step", "is not a number")
+        if not abs(entry.step) <= _LARGEST_STEP:
+            raise InvalidFieldError("ParameterState.step", f"{entry.step} is not a number that a counter can hold")
         try:
             names = [decode_kind(number) for number in entry.tensors]
         except ValueError as error:
