@@ -529,8 +529,10 @@ def test_float64_values_that_change_their_sign_are_seen(numel: int) -> None:
     assert watch.changed([tensor]) == {0}
 
 
-def test_two_float64_values_of_one_block_that_change_their_sign_are_seen() -> None:
-    tensor = nn.Parameter(torch.randn(8192, dtype=torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_of_one_block_that_change_their_sign_alike_are_seen(dtype: torch.dtype) -> None:
+    """An even number of sign bits must not drop out of the sums."""
+    tensor = nn.Parameter(torch.rand(8192).to(dtype) + 1)
     watch = ValueWatch()
     watch.remember([tensor])
     tensor.data[5] *= -1

@@ -45,10 +45,9 @@ class _Mark(NamedTuple):
 class ValueWatch:
     """Remembers parameters as they are, and tells which of them are not so any more.
 
-    Noticed is all but some writes through `.data`: what leaves the sums of all 2 KiB blocks of a tensor of more than
-    `WHOLE_UP_TO` elements as they were, such as exchanges within them, and what a sample of one of more than
-    `SUMMED_UP_TO` does not meet. The sample meets every row of at least 1 KiB. Keeps the memory of the remembered
-    tensors. Not thread-safe.
+    Noticed is all but some writes through `.data`: exchanges, of elements or of signs, within single 2 KiB blocks of
+    tensors of more than `WHOLE_UP_TO` elements, and what a sample of those of more than `SUMMED_UP_TO` does not meet. It
+    meets every row of at least 1 KiB. Keeps the memory of the remembered tensors. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -111,9 +110,10 @@ def _content(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if count > SUMMED_UP_TO:
         return (_sample(bits, rows),)
     in_blocks = len(bits) * bits.element_size() // _BLOCK_BYTES * _BLOCK_BYTES // bits.element_size()
-    # As 4-byte words, summed up in 8 bytes: with wider ones a flipped sign could drop out.
     words = bits[:in_blocks]
     words = words.view(torch.int32) if words.storage_offset() * words.element_size() % 4 == 0 else words
+    # Summed up in 8 bytes: in 4, or with words of 8, every other flipped sign would drop out. Weights, for what changes
+    # places, would take five times as long.
     return words.view(-1, _BLOCK_BYTES // words.element_size()).sum(1), bits[in_blocks:].clone()
 
 
