@@ -46,8 +46,8 @@ class ValueWatch:
     """Remembers parameters as they are, and tells which of them are not so any more.
 
     Noticed is all but some writes through `.data`: exchanges, of elements or of signs, within single 2 KiB blocks of
-    tensors of more than `WHOLE_UP_TO` elements, and what a sample of those of more than `SUMMED_UP_TO` does not meet. It
-    meets every row of at least 1 KiB. Keeps the memory of the remembered tensors. Not thread-safe.
+    tensors of more than `WHOLE_UP_TO` elements, and what a sample of those of more than `SUMMED_UP_TO` does not meet.
+    It meets every row of at least 1 KiB. Keeps the memory of the remembered tensors. Not thread-safe.
     """
 
     def __init__(self) -> None:
