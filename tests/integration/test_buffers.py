@@ -14,6 +14,7 @@ from torch import nn
 from optimd.client import Adam, JobMismatchError, LimitExceededError, ProxyOptions
 from optimd.server import Server
 from optimd.server.buffers import REFRESH_INTERVAL_S
+from optimd.server.settings import PARAMETER_OVERHEAD_BYTES
 from tests.support import eventually, in_threads, running_server
 
 
@@ -289,12 +290,12 @@ def test_buffers_count_against_the_jobs_limit_and_are_refused_before_memory_is_t
             optimizer.attach_buffers(model)
             step(optimizer)
             taken = small.registry.get("limit").full_bytes
-            assert taken == 3 * 4000 + 2 * 400_000
+            assert taken == 3 * 4000 + 2 * 400_000 + PARAMETER_OVERHEAD_BYTES
             with pytest.raises(LimitExceededError):
                 optimizer.add_param_group({"params": [nn.Parameter(torch.ones(100_000))]})
         model.register_buffer("more", torch.zeros(200_000))
         with Adam([nn.Parameter(torch.ones(1000))], server=small.address, job="limit too") as optimizer:
-            with pytest.raises(LimitExceededError, match="would take 2400000 bytes; this server has 1988000 left"):
+            with pytest.raises(LimitExceededError, match="would take 2400000 bytes; this server has 1985952 left"):
                 optimizer.attach_buffers(model)
             step(optimizer)
             assert small.registry.get("limit too").buffers.tensors() == {}

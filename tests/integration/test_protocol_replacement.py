@@ -150,18 +150,6 @@ WRONG_REPLACEMENT: Final[list[tuple[str, list[training_pb2.TrainRequest], str, s
         "INVALID_FIELD",
         "CarriedState: a parameter is named twice",
     ),
-    (
-        "carried to another shape",
-        [replace(), layout_of([299], carried=[(0, 0)])],
-        "INVALID_FIELD",
-        "parameter 0 cannot keep the state of 0, which is another kind",
-    ),
-    (
-        "carried to another rank of tensor",
-        [replace(), layout_of([30, 10], carried=[(0, 0)])],
-        "INVALID_FIELD",
-        "parameter 0 cannot keep the state of 0, which is another kind",
-    ),
     ("no pages", [replace(), begin()], "OUT_OF_ORDER", "step_begin came where layout was due"),
     ("twice", [replace(), replace()], "OUT_OF_ORDER", "replace_layout came where layout was due"),
     ("gradient", [replace(), layout_of([300]), gradient(0, 256)], "INVALID_FIELD", "gradient of bucket 0 came where"),
@@ -187,6 +175,19 @@ def test_a_wrong_replacement_gets_a_clean_answer_and_leaves_the_job_as_it_was(
 ) -> None:
     """It is put in force when all of its values are there, or never."""
     gets_a_clean_answer(server, bystander, requests, reason, text)
+
+
+@pytest.mark.parametrize("shape", [[299], [30, 10]])
+def test_state_that_does_not_fit_is_refused_and_the_stream_goes_on(server: Server, shape: list[int]) -> None:
+    """Of another shape, or as many elements of another rank."""
+    twin = Twin()
+    with PlainWorker(server).opened() as worker:
+        worker.send(replace(), layout_of(shape, carried=[(0, 0)]))
+        is_refused(worker, "JOB_MISMATCH", "parameter 0 cannot keep the state of 0")
+        worker.send(begin(), *grads(), end(2))
+        assert worker.until("receipt")[-1].receipt.step == 1
+        twin.step(1.0)
+        assert twin.equals(worker)
 
 
 @pytest.mark.parametrize("brought", [0, 1])

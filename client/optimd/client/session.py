@@ -326,9 +326,10 @@ class Session:
         )
         with self._failing_for_good():
             stream.send(accumulation_messages(self._layout, grads, begin))
-            _, message, _ = stream.expect("accumulated")
-            self._micro = message.accumulated.micro
-            self.holds_gradients = True
+            kind, message, _ = stream.expect("accumulated", "refused")
+        self._raise_refusal(kind, message)
+        self._micro = message.accumulated.micro
+        self.holds_gradients = True
 
     def discard_accumulated(self) -> None:
         """Has the server forget what it holds for this worker's next push. Without that, does not reach the server.

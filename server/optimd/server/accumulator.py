@@ -51,6 +51,11 @@ class GradientAccumulator:
         self.present = [a or b for a, b in zip(self.present, present, strict=True)]
 
     @property
+    def nbytes(self) -> int:
+        """What the sum takes."""
+        return 0 if self._sum is None else self._sum.nbytes
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing has been added."""
         return not any(self.present)

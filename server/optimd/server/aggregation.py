@@ -106,6 +106,10 @@ class SyncAggregator:
         """Whether enough workers have joined for pushes to begin."""
         return self._formed
 
+    def has_ended(self, worker: Worker) -> bool:
+        """Whether a worker's push of the open step is complete."""
+        return worker in self._ended
+
     def missing(self) -> tuple[Worker, ...]:
         """The live workers that the open step waits for, in order of rank."""
         return tuple(sorted(self._live - self._ended))
@@ -169,6 +173,16 @@ class SyncAggregator:
         if skipped:
             self._skipped.add(worker)
         return self._advance()
+
+    def retract(self, worker: Worker) -> list[Decision]:
+        """A worker takes back a push of which it has brought no bucket yet."""
+        if not self._is_pushing(worker) or any(worker in pushed for pushed in self._pushed.values()):
+            raise RuntimeError(f"{worker} cannot take back a push")
+        self._begun.discard(worker)
+        if self._begun:
+            return []
+        self._reset()
+        return [Abandon((worker,))]
 
     def _is_pushing(self, worker: Worker) -> bool:
         return worker in self._live and worker in self._begun and worker not in self._ended

@@ -54,6 +54,7 @@ class Company:
             member = self.members.get(worker)
             if member is not None:
                 member.held.forget()
+                member.reserved_bytes = 0
 
     # --- checks
 
@@ -131,6 +132,25 @@ class Company:
             reason = (waiting_for or self._occupation)()
             raise StepTimeoutError(f"job {self._job!r}: waited {timeout_s:g} s, and {reason}")
 
+    def await_quiet(self, member: Member) -> None:
+        """Waits as `await_all`, and until nobody else is in the middle of a push or an accumulation.
+
+        A push that waits for others ends the wait: whoever calls this has to be refused then.
+
+        Raises:
+            RequestError: what `wait` raises.
+        """
+        self.await_all(member)
+        self.wait(
+            member,
+            lambda: (
+                self._aggregator.is_open
+                or (self.bringing is None and not any(o.occupied for o in self.members.values() if o is not member))
+            ),
+            self._settings.join_timeout_s,
+        )
+        self.await_all(member)
+
     def await_all(self, member: Member) -> None:
         """Waits until the job is formed, every worker in it has its parameters, and nobody is uploading.
 
@@ -160,4 +180,7 @@ class Company:
         unready = [worker.rank for worker, member in self.members.items() if not member.ready]
         if unready:
             return f"rank {', '.join(map(str, sorted(unready)))} is still receiving the parameters"
+        if not self._aggregator.is_open:
+            occupied = [worker.rank for worker, member in self.members.items() if member.occupied]
+            return f"rank {', '.join(map(str, sorted(occupied)))} is still in the middle of its last exchange"
         return "the step waits for rank " + ", ".join(str(worker.rank) for worker in self._aggregator.missing())

@@ -10,7 +10,7 @@ import torch
 
 from optimd.server import update
 from optimd.server.errors import InvalidFieldError, JobMismatchError, OutOfOrderError, UpdateRefusedError
-from optimd.server.settings import JobSettings
+from optimd.server.settings import PARAMETER_OVERHEAD_BYTES, JobSettings
 from optimd.server.store import StagedState, Store
 from optimd.wire.layout import Bucket, Parameter, cut_buckets, first_difference
 
@@ -83,7 +83,8 @@ class JobContent:
             The store that they will be in.
 
         Raises:
-            InvalidFieldError: a carried state is not of an equal parameter, or is carried twice.
+            InvalidFieldError: a carried state is of no parameter, or is carried twice.
+            JobMismatchError: a carried state is of a parameter of another kind.
         """
         for seen in zip(*carried, strict=True):
             if len(set(seen)) != len(seen):
@@ -92,8 +93,8 @@ class JobContent:
             if not (index < len(parameters) and origin < len(self.store.parameters)):
                 raise InvalidFieldError("CarriedState", f"there are no parameters {index} and {origin}")
             if not parameters[index].holds_like(self.store.parameters[origin]):
-                raise InvalidFieldError(
-                    "CarriedState", f"parameter {index} cannot keep the state of {origin}, which is another kind"
+                raise JobMismatchError(
+                    f"parameter {index} cannot keep the state of {origin}: its shape, dtype or memory order is another"
                 )
         store = Store(self.store.device)
         store.add(parameters, self._cut(store, 0, sizes, parameters))
@@ -135,15 +136,15 @@ class JobContent:
         """Whether a group that a worker adds is there already.
 
         Raises:
-            OutOfOrderError: the worker's count of groups is not the job's.
+            OutOfOrderError: it leaves a gap.
             JobMismatchError: it is there with other parameters.
         """
-        if group not in (len(self.groups), len(self.groups) - 1):
+        if group > len(self.groups):
             raise OutOfOrderError(f"group {group} cannot follow the job's {len(self.groups)} groups")
         if group == len(self.groups):
             return False
-        first = len(self.store.parameters) - self.sizes[group]
-        difference = first_difference(self.parameters_from(group), list(enumerate(parameters, first)))
+        first = sum(self.sizes[:group])
+        difference = first_difference(self.parameters_of(group, 1), list(enumerate(parameters, first)))
         if difference is not None:
             raise JobMismatchError(f"rank {rank} adds another param group than the job has: {difference}")
         return True
@@ -157,7 +158,7 @@ class JobContent:
             JobMismatchError: others are, or the worker has missed a replacement.
         """
         if layout_count == self.layout_count and layout_count:
-            difference = first_difference(self.parameters_from(0), list(enumerate(parameters)))
+            difference = first_difference(self.parameters_of(), list(enumerate(parameters)))
             if difference is None and list(sizes) != self.sizes:
                 difference = f"the job's groups have {self.sizes} parameters, the worker's {list(sizes)}"
             if difference is not None:
@@ -248,18 +249,23 @@ class JobContent:
 
     @property
     def full_bytes(self) -> int:
-        """What values and state take once every parameter has had an update."""
-        total = first = 0
-        for options, size in zip(self.groups, self.sizes, strict=True):
+        """What values and state take once every parameter has had an update, with what keeps account of them."""
+        return self.bytes_with(self.groups)
+
+    def bytes_with(self, groups: Sequence[dict[str, Any]]) -> int:
+        """As `full_bytes`, with these options of the groups."""
+        total, first = PARAMETER_OVERHEAD_BYTES * len(self.store.parameters), 0
+        for options, size in zip(groups, self.sizes, strict=True):
             nbytes = sum(parameter.nbytes for parameter in self.store.parameters[first : first + size])
             total += nbytes * (1 + len(update.state_names(options)))
             first += size
         return total
 
-    def parameters_from(self, first_group: int) -> list[tuple[int, Parameter]]:
-        """The parameters of all groups from index `first_group` on, with their indices."""
+    def parameters_of(self, first_group: int = 0, count: int | None = None) -> list[tuple[int, Parameter]]:
+        """The parameters of `count` groups, or all, from index `first_group` on, with their indices."""
         first = sum(self.sizes[:first_group])
-        return list(enumerate(self.store.parameters))[first:]
+        end = None if count is None else sum(self.sizes[: first_group + count])
+        return list(enumerate(self.store.parameters))[first:end]
 
     def _cut(
         self, store: Store, first_group: int, sizes: Sequence[int], parameters: Sequence[Parameter]

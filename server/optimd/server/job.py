@@ -7,6 +7,7 @@ lock. The calling threads are those of the workers' streams: the one that comple
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,12 @@ from optimd.server.errors import (
     AccumulationLostError,
     InvalidFieldError,
     JobMismatchError,
+    LimitExceededError,
     LoadNeedsForceError,
     OutOfOrderError,
     RequestError,
     ShuttingDownError,
+    UpdateRefusedError,
 )
 from optimd.server.membership import Member, WorkerRecord
 from optimd.server.readers import Readers, ReadHold
@@ -54,6 +57,15 @@ class Standing:
     """How often the parameters have been replaced."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptedGroups:
+    """Groups of a job as a worker that has not brought them receives them."""
+
+    groups: list[dict[str, Any]]
+    sizes: list[int]
+    parameters: list[Parameter]
+
+
 class Job:
     """One optimizer: parameters, param_groups, state and workers.
 
@@ -63,10 +75,12 @@ class Job:
         name: The job's name.
         settings: What its creator asked for.
         device: Where its tensors live.
+        max_bytes: The most that it may take: values, state, buffers, held gradients, and what is on its way in.
     """
 
-    def __init__(self, name: str, settings: JobSettings, device: torch.device) -> None:
+    def __init__(self, name: str, settings: JobSettings, device: torch.device, *, max_bytes: int = sys.maxsize) -> None:
         self.name = name
+        self._max_bytes = max_bytes
         self.settings = settings
         self.history = StepHistory(name)
         self._changed = threading.Condition()
@@ -205,9 +219,13 @@ class Job:
             member.alive = False
             self._take_back_locked(member)
             if self._company.members.get(member.worker) is member:
-                self.buffers.leave_locked(member)
                 self._readers.wait()
+            # Again: readers are waited for without the lock, and a worker's end is heard of in two threads.
+            if self._company.members.get(member.worker) is member:
+                self.buffers.leave_locked(member)
                 step = self.step
+                if not self._aggregator.has_ended(member.worker):
+                    self._stepper.forget_content(member.worker)
                 decisions = self._aggregator.leave(member.worker)
                 try:
                     self._settle_locked(decisions, step)
@@ -275,8 +293,10 @@ class Job:
             JobDeletedError: the job went away.
         """
         with self._changed:
-            self._company.await_all(member)
+            self._company.await_quiet(member)
             if self._content.has_replacement(member.worker.rank, layout_count, sizes, parameters):
+                member.ready = False
+                member.held.forget()
                 return True
             if self._aggregator.is_open:
                 raise JobMismatchError(
@@ -307,24 +327,35 @@ class Job:
             The store whose values the worker has to write.
 
         Raises:
-            InvalidFieldError: a carried state is not of an equal parameter, or is carried twice.
+            InvalidFieldError: a carried state is of no parameter, or is carried twice.
+            JobMismatchError: a carried state is of a parameter of another kind.
+            LimitExceededError: both together would take too much.
             UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
         """
         self._content.check_place_of_steps(groups)
         with self._changed:
+            self._check_room_locked(sum(parameter.nbytes for parameter in parameters), "the new parameters")
             return self._content.replace(groups, sizes, parameters, carried)
 
     def grown(self, member: Member) -> None:
-        """The values that a worker brought are in place. Waits for readers."""
+        """The values that a worker brought are in place. Waits for readers.
+
+        Raises:
+            OutOfOrderError: the worker's line is down, and what it brought was taken back.
+            JobDeletedError: the job went away.
+        """
         with self._changed:
             self._readers.wait()
-            if self._company.bringing is member:
-                self._company.bringing = None
-                if self._content.settle():
-                    self._stepper = self._new_stepper()
-                    for other in self._company.members.values():
-                        other.groups = [dict(group) for group in self.groups]
-                        other.held.forget()
+            self._company.check_alive(member)
+            if self._company.bringing is not member:
+                raise OutOfOrderError("the worker has left the job")
+            self._company.bringing = None
+            if self._content.settle():
+                self._stepper = self._new_stepper()
+                for other in self._company.members.values():
+                    other.groups = [dict(group) for group in self.groups]
+                    other.unchecked = True
+                    other.held.forget()
             if self.phase is JobPhase.CREATING:
                 self._company.phase = JobPhase.READY
             self._changed.notify_all()
@@ -338,26 +369,40 @@ class Job:
         """Whether another worker has already added the group of index `group`.
 
         Waits until all workers have joined, so that all of them see the job without the group first, and while one is
-        adding its own.
+        adding its own or is in the middle of something.
 
         Raises:
-            OutOfOrderError: the worker's count of groups is not the job's, or its line is down.
-            JobMismatchError: the other worker's group has other parameters.
+            OutOfOrderError: it is not the worker's next group, or the worker's line is down.
+            JobMismatchError: the other worker's group has other parameters, or has begun a step without.
             StepTimeoutError: it waited longer than `join_timeout_s`.
             JobDeletedError: the job went away.
         """
         with self._changed:
-            self._company.await_all(member)
+            self._company.await_quiet(member)
+            if group != len(member.groups):
+                raise OutOfOrderError(f"group {group} cannot follow the worker's {len(member.groups)} groups")
             if self._content.has_group(member.worker.rank, group, parameters):
+                member.ready = False
                 return True
+            if self._aggregator.is_open:
+                raise JobMismatchError(
+                    "another worker has begun the next step without the group: every worker adds it between the same "
+                    "two steps"
+                )
             self._company.bringing = member
             return False
 
-    def adopt_groups(self, member: Member, first: int) -> list[dict[str, Any]]:
-        """Gives a worker the job's groups from index `first` on."""
+    def adopt(self, member: Member, first: int, count: int | None = None) -> AdoptedGroups:
+        """Gives a worker `count` of the job's groups, or all, from index `first` on."""
         with self._changed:
-            member.groups[first:] = [dict(group) for group in self.groups[first:]]
-            return [dict(group) for group in self.groups[first:]]
+            end = None if count is None else first + count
+            member.groups[first:end] = [dict(group) for group in self.groups[first:end]]
+            member.unchecked = True
+            return AdoptedGroups(
+                groups=[dict(group) for group in self.groups[first:end]],
+                sizes=list(self.group_sizes[first:end]),
+                parameters=[parameter for _, parameter in self._content.parameters_of(first, count)],
+            )
 
     @property
     def full_bytes(self) -> int:
@@ -365,10 +410,21 @@ class Job:
         with self._changed:
             return self._content.full_bytes + self.buffers.nbytes_locked
 
+    @property
+    def buffers_bytes(self) -> int:
+        """What the buffers take."""
+        with self._changed:
+            return self.buffers.nbytes_locked
+
+    @property
+    def bytes_left(self) -> int:
+        """How much more it may take."""
+        return self._max_bytes - self.full_bytes
+
     def group_parameters(self, first_group: int) -> list[tuple[int, Parameter]]:
         """The parameters of all groups from index `first_group` on, with their indices."""
         with self._changed:
-            return self._content.parameters_from(first_group)
+            return self._content.parameters_of(first_group)
 
     # --- a push
 
@@ -393,6 +449,7 @@ class Job:
             OutOfOrderError: the sequence number or the base step is not the one due, or the worker's line is down.
             JobMismatchError: the worker has missed a param group, a load or a replacement.
             UpdateRefusedError: torch, or a server, cannot step with the worker's options.
+            LimitExceededError: with the worker's options the state would take too much.
             AccumulationLostError: what the worker had accumulated is not held; counting starts anew.
             StepTimeoutError: too few workers joined within `join_timeout_s`.
             ShuttingDownError: the server is stopping.
@@ -415,9 +472,9 @@ class Job:
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
                     "compute the gradients again"
                 )
-            if steppable:
-                self._content.check_steppable(member.groups)
+            self._check_options_locked(member, steppable=steppable or member.held.nbytes > 0)
             self._aggregator.begin(member.worker)
+            member.occupied = True
             member.grad_scale = grad_scale
             return self._stepper.open_round(self.groups)
 
@@ -431,7 +488,32 @@ class Job:
             if group >= len(member.groups):
                 raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
             member.groups[group] = options
-            member.speaks = True
+            member.speaks = member.unchecked = True
+
+    def reserve(self, member: Member, nbytes: int) -> None:
+        """A worker is about to bring values or state of so many bytes, which count until its exchange is over.
+
+        Raises:
+            LimitExceededError: the job would take too much.
+        """
+        with self._changed:
+            self._check_room_locked(nbytes, "what the worker brings")
+            member.reserved_bytes += nbytes
+
+    def retract(self, member: Member) -> None:
+        """A worker takes back a push of which it has brought no gradient yet."""
+        with self._changed:
+            step = self.step
+            self._stepper.forget_content(member.worker)
+            self._settle_locked(self._aggregator.retract(member.worker), step)
+            self._changed.notify_all()
+
+    def finished(self, member: Member) -> None:
+        """A worker's push or accumulation is over, and all of its answers are out. May be called more than once."""
+        with self._changed:
+            member.occupied = False
+            member.reserved_bytes = 0
+            self._changed.notify_all()
 
     def bring(self, member: Member, round_: Round, staged: StagedState) -> None:
         """A worker has brought all that it changed outside of steps, between `begin` and its first gradient.
@@ -457,6 +539,7 @@ class Job:
             payload: The gradients, flat, on the CPU. Only read, and not kept.
 
         Raises:
+            RequestError: the step has failed in another worker's hands.
             UpdateRefusedError: torch refuses the update.
             LimitExceededError: the device has no memory left for it.
             OutOfOrderError: the worker's line is down.
@@ -477,6 +560,7 @@ class Job:
             skipped: Whether it brings no gradients, not even those that are held of it, because they are not finite.
 
         Raises:
+            RequestError: the step has failed in another worker's hands.
             NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
             UpdateRefusedError: torch refuses the update.
             LimitExceededError: the device has no memory left for it.
@@ -487,9 +571,10 @@ class Job:
             self._readers.wait()
             self._company.check_alive(member)
             self._check_sound_locked(round_)
-            for bucket_id, present, payload in () if skipped else member.held.rest():
-                self._contribute_locked(member, self.store.buckets[bucket_id], present, payload)
+            rest = [] if skipped else list(member.held.rest())
             member.held.spend()
+            for bucket_id, present, payload in rest:
+                self._contribute_locked(member, self.store.buckets[bucket_id], present, payload)
             step = self.step
             self._settle_locked(self._aggregator.end(member.worker, skipped=skipped), step)
 
@@ -501,6 +586,8 @@ class Job:
 
         Raises:
             StepTimeoutError: nothing happened for `timeout_s`.
+            OutOfOrderError: the worker's line is down.
+            RequestError: the step has failed in another worker's hands.
             UpdateRefusedError: torch refused the step.
             NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
             JobDeletedError: the job went away.
@@ -523,6 +610,7 @@ class Job:
         Raises:
             OutOfOrderError: the sequence or the micro number is not one that is due, or the worker's line is down.
             JobMismatchError: the worker has missed a param group or a replacement.
+            LimitExceededError: the job would take too much.
             JobDeletedError: the job went away.
         """
         with self._changed:
@@ -531,7 +619,14 @@ class Job:
             self._content.check_counts(member.worker.rank, group_count=group_count, layout_count=layout_count)
             if micro > member.held.micro:
                 raise OutOfOrderError(f"Accumulate.micro is {micro}; {member.held.micro} is due")
-            return micro == member.held.micro
+            new = micro == member.held.micro
+            if new and not member.held.nbytes:
+                # All of it at once: a sum that is held in part would be of no use.
+                self._check_room_locked(
+                    sum(parameter.nbytes for parameter in self.store.parameters), "the gradients that are to be held"
+                )
+            member.occupied = True
+            return new
 
     def accumulate(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         """Adds the gradients of one bucket to what is held of the worker's. Only read, and not kept."""
@@ -560,20 +655,29 @@ class Job:
     # --- its state
 
     @contextmanager
-    def reading(self) -> Iterator[ReadHold]:
+    def reading(self, on_hold: Callable[[ReadHold], None] = lambda _: None) -> Iterator[ReadHold]:
         """Holds the values and the state still. Waits for a step that has begun to apply, and for uploads.
 
+        Args:
+            on_hold: Called first, with what `release` takes: a reader whose line goes down does not wait on.
+
         Raises:
-            StepTimeoutError: the step was not committed within `timeout_s`.
+            StepTimeoutError: the step was not committed within `timeout_s`, or the reader was released.
             JobDeletedError: the job is gone.
         """
+        hold = ReadHold()
+        on_hold(hold)
         with self._changed:
             self._company.wait(
                 None,
-                lambda: not self._aggregator.has_applied and self._company.bringing is None and self._readers.may_enter,
+                lambda: (
+                    hold.revoked
+                    or (not self._aggregator.has_applied and self._company.bringing is None and self._readers.may_enter)
+                ),
                 self.settings.timeout_s,
             )
-            hold = self._readers.enter()
+            hold.touch()
+            self._readers.enter(hold)
         try:
             yield hold
         finally:
@@ -600,7 +704,7 @@ class Job:
             JobDeletedError: the job went away.
         """
         with self._changed:
-            self._company.await_all(member)
+            self._company.await_quiet(member)
             if self._content.has_load(member.worker.rank, load_count, digest):
                 return False
             if self._aggregator.is_open:
@@ -641,6 +745,8 @@ class Job:
             self._content.load(staged, groups, digest)
             for other in self._company.members.values():
                 other.groups = [dict(group) for group in groups]
+                other.unchecked = True
+            member.reserved_bytes = 0
             self._company.bringing = None
             self._changed.notify_all()
             return self._content.load_count
@@ -698,6 +804,8 @@ class Job:
             )
             self.buffers.step_committed_locked()
         if round_ is not None and round_.skipped is not None:
+            if round_.settled:
+                self._content.groups = round_.groups
             self._aggregator.forget_step(round_.skipped.step)
             self._company.answer(round_.skipped.pushes)
 
@@ -705,8 +813,35 @@ class Job:
         """A worker does not go on with what it was bringing, if anything: what it has added goes with it."""
         if self._company.bringing is member:
             self._company.bringing = None
+            member.reserved_bytes = 0
             self._content.take_back()
             self._changed.notify_all()
+
+    def _check_options_locked(self, member: Member, *, steppable: bool) -> None:
+        """Checks a worker's options, if they have changed. Those that have to be no ones to step with do not count."""
+        if member.unchecked:
+            self._content.check_place_of_steps(member.groups)
+            needed = self._content.bytes_with(member.groups) - self._content.full_bytes
+            if needed > 0:
+                self._check_room_locked(needed, "the state with the worker's options")
+            member.steppable = True
+            try:
+                self._content.check_steppable(member.groups)
+            except UpdateRefusedError:
+                member.steppable = False
+                if steppable:
+                    raise
+                return
+            member.unchecked = False
+
+    def _check_room_locked(self, nbytes: int, what: str) -> None:
+        taken = self._content.full_bytes + self.buffers.nbytes_locked
+        taken += sum(member.reserved_bytes + member.held.nbytes for member in self._company.members.values())
+        if taken + nbytes > self._max_bytes:
+            raise LimitExceededError(
+                f"{what} would take {nbytes} bytes, and the job takes {taken} of {self._max_bytes} that this server "
+                "lets it take (--max-job-bytes)"
+            )
 
     def _check_sound_locked(self, round_: Round) -> None:
         """Tells every worker of a step that failed in another one's hands."""

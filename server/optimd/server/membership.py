@@ -23,6 +23,11 @@ class HeldGradients:
         """Whether a push has taken what was accumulated: if that push is refused, it is lost."""
         self._sums: dict[int, GradientAccumulator] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """What the sums take."""
+        return sum(held.nbytes for held in self._sums.values())
+
     def add(self, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor, device: torch.device) -> None:
         """Adds the gradients of one bucket."""
         held = self._sums.get(bucket.bucket_id)
@@ -79,8 +84,16 @@ class Member:
     """Its param_groups as far as the server knows: the job's when it joined, then what it sent."""
     speaks: bool = False
     """Whether its hyperparameters count: the creator's do, a newcomer's from its first change on."""
+    unchecked: bool = True
+    """Whether its param_groups have changed since they were last checked."""
+    steppable: bool = True
+    """Whether they can be stepped with: else they do not count."""
     ready: bool = False
     """Whether it has its parameters: from JobReady on."""
+    occupied: bool = False
+    """Whether it is in the middle of a push or an accumulation, from its first message to the last answer."""
+    reserved_bytes: int = 0
+    """What it has on its way in, besides gradients."""
     alive: bool = True
     buffers_attached: bool = False
     bytes_received: int = 0
@@ -103,14 +116,18 @@ def speaker(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) 
     """The contributor whose hyperparameters hold for a step: the one of lowest rank that speaks, if any does."""
     for worker in contributors:
         member = members.get(worker)
-        if member is not None and member.speaks:
+        if member is not None and member.speaks and member.steppable:
             return member
     return None
 
 
 def disagree(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> bool:
     """Whether contributors that speak have different hyperparameters."""
-    voices = [members[worker].groups for worker in contributors if worker in members and members[worker].speaks]
+    voices = [
+        members[worker].groups
+        for worker in contributors
+        if worker in members and members[worker].speaks and members[worker].steppable
+    ]
     # A NaN, which a schedule may well arrive at, is not equal to itself; its text is.
     return any(groups != voices[0] and _text(groups) != _text(voices[0]) for groups in voices[1:])
 

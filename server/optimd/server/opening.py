@@ -10,14 +10,11 @@ from typing import Any, Final, Literal
 from optimd.server import update
 from optimd.server.aggregation import Worker
 from optimd.server.errors import InvalidFieldError, LimitExceededError, UnsupportedError
-from optimd.server.settings import JobSettings
+from optimd.server.settings import PARAMETER_OVERHEAD_BYTES, JobSettings
 from optimd.v1 import job_pb2
 from optimd.wire.layout import Parameter, decode_parameter
 from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, MAX_NAME_BYTES, MIN_BUCKET_BYTES
 from optimd.wire.param_groups import decode_group, rule_of
-
-_PARAMETER_OVERHEAD_BYTES: Final = 2048
-"""What a parameter takes besides its elements, about: its views, counters and places."""
 
 _NONFINITE: Final[dict[int, Literal["allow", "skip", "error"]]] = {
     job_pb2.NON_FINITE_UNSPECIFIED: "allow",
@@ -43,7 +40,7 @@ class WorkerLayout:
     @property
     def nbytes(self) -> int:
         """What it takes on a server once every parameter has had an update, with what keeps account of it."""
-        total = self.page_bytes + _PARAMETER_OVERHEAD_BYTES * len(self.parameters)
+        total = self.page_bytes + PARAMETER_OVERHEAD_BYTES * len(self.parameters)
         start = 0
         for group, size in zip(self.groups, self.sizes, strict=True):
             copies = 1 + len(update.state_names(group))
@@ -153,7 +150,7 @@ def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int, first_gr
     claimed = 0
     for page in pages:
         layout.page_bytes += page.ByteSize()
-        claimed += page.ByteSize() + _PARAMETER_OVERHEAD_BYTES * len(page.parameters)
+        claimed += page.ByteSize() + PARAMETER_OVERHEAD_BYTES * len(page.parameters)
         layout.carried += [(carried.parameter, carried.carried_from) for carried in page.carried]
         for group in page.groups:
             if rule_of(group) != update.RULE:

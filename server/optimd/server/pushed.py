@@ -41,19 +41,23 @@ class PushedContent:
                         self.differing.add(index)
         self._by_worker[worker] = staged
 
-    def install(self, store: Store) -> set[int]:
+    def forget(self, worker: Worker) -> None:
+        """A worker's push leaves no trace: nor does its content."""
+        self._by_worker.pop(worker, None)
+
+    def install(self, store: Store) -> dict[int, Worker]:
         """Puts everything in place: of what several workers pushed, the lowest rank's.
 
         Returns:
-            The indices of the parameters whose values were replaced.
+            The parameters whose values were replaced, by index, and whose content they have now.
         """
-        replaced: set[int] = set()
+        replaced: dict[int, Worker] = {}
         restated: set[int] = set()
         for worker in sorted(self._by_worker):
             staged = self._by_worker[worker]
-            for index in staged.values.keys() - replaced:
+            for index in staged.values.keys() - replaced.keys():
                 store.install_value(index, staged.values[index])
-                replaced.add(index)
+                replaced[index] = worker
             for index in staged.tensors.keys() - restated:
                 store.install_state(index, staged.steps[index], staged.tensors[index])
                 restated.add(index)

@@ -10,11 +10,18 @@ from collections.abc import Callable, Iterator
 import torch
 
 from optimd.server.answers import decode_options, receipt, refusal, values
-from optimd.server.errors import AccumulationLostError, InvalidFieldError, NonFiniteGradientError, UpdateRefusedError
+from optimd.server.errors import (
+    AccumulationLostError,
+    InvalidFieldError,
+    LimitExceededError,
+    NonFiniteGradientError,
+    RequestError,
+    UpdateRefusedError,
+)
 from optimd.server.incoming import Incoming, SplitParameters, read_bucket
 from optimd.server.job import Job
 from optimd.server.membership import Member
-from optimd.server.staging import read_entries, receive_staged
+from optimd.server.staging import read_entries, receive_staged, staged_bytes
 from optimd.server.stepping import Round
 from optimd.v1 import training_pb2
 from optimd.wire.codec import encode
@@ -44,14 +51,26 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
             steppable=not begin.without_gradients,
         )
-    except (UpdateRefusedError, AccumulationLostError) as error:
+    except (UpdateRefusedError, AccumulationLostError, LimitExceededError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
-        while incoming.expect("pushed", "bucket", "step_end")[0] != "step_end":
-            pass
-        yield refusal(error)
+        yield _refused_to_the_end(incoming, error)
         return
+    try:
+        yield from _serve_begun(incoming, job, member, begin, round_)
+    finally:
+        job.finished(member)
+
+
+def _serve_begun(
+    incoming: Incoming, job: Job, member: Member, begin: training_pb2.StepBegin, round_: Round
+) -> Iterator[bytes]:
     if begin.pushed_pages:
-        _receive_pushed(incoming, job, member, round_, begin.pushed_pages)
+        try:
+            _receive_pushed(incoming, job, member, round_, begin.pushed_pages)
+        except LimitExceededError as error:
+            job.retract(member)
+            yield _refused_to_the_end(incoming, error)
+            return
     sent = 0
 
     def push(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
@@ -79,28 +98,44 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
     yield receipt(begin.sequence, round_, skipped=begin.skipped, wants_buffers=job.buffers.is_asked(member))
 
 
+def _refused_to_the_end(incoming: Incoming, error: RequestError) -> bytes:
+    """Reads the rest of a push that is not taken, and gives the answer to it."""
+    while incoming.expect("pushed", "bucket", "step_end")[0] != "step_end":
+        pass
+    return refusal(error)
+
+
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:
     """Gradients to be held for the worker's next push.
 
     Raises:
         RequestError: the stream cannot go on.
     """
-    new = job.begin_accumulation(
-        member,
-        sequence=message.sequence,
-        micro=message.micro,
-        group_count=message.group_count,
-        layout_count=message.layout_count,
-    )
+    try:
+        new = job.begin_accumulation(
+            member,
+            sequence=message.sequence,
+            micro=message.micro,
+            group_count=message.group_count,
+            layout_count=message.layout_count,
+        )
+    except LimitExceededError as error:
+        while incoming.expect("bucket", "accumulate_end")[0] != "accumulate_end":
+            pass
+        yield refusal(error)
+        return
 
     def hold(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         if new:
             job.accumulate(member, bucket, present, payload)
 
-    for _ in _gradients(incoming, job, "accumulate_end", hold):
-        pass
-    if new:
-        job.end_accumulation(member)
+    try:
+        for _ in _gradients(incoming, job, "accumulate_end", hold):
+            pass
+        if new:
+            job.end_accumulation(member)
+    finally:
+        job.finished(member)
     yield _accumulated(message.micro)
 
 
@@ -148,7 +183,8 @@ def _gradients(
 def _receive_pushed(incoming: Incoming, job: Job, member: Member, round_: Round, pages: int) -> None:
     """What the worker changed outside of steps: all of it, before its first gradient."""
     valued: set[int] = set()
-    states = []
+    stated: set[int] = set()
+    states: list[tuple[int, float, list[str]]] = []
     for _ in range(pages):
         _, message, _ = incoming.expect("pushed")
         for entry in message.pushed.entries:
@@ -159,7 +195,8 @@ def _receive_pushed(incoming: Incoming, job: Job, member: Member, round_: Round,
             if entry.HasField("state"):
                 if entry.state.parameter != entry.parameter:
                     raise InvalidFieldError("PushedEntry.state.parameter", "is another than the entry's")
-                states.append(entry.state)
-    staged = job.store.stage(read_entries(job.store, states), values=valued)
+                states += read_entries(job.store, [entry.state], seen=stated)
+    job.reserve(member, staged_bytes(job.store, states, valued))
+    staged = job.store.stage(states, values=valued)
     receive_staged(incoming, job.store, staged)
     job.bring(member, round_, staged)

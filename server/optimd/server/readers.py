@@ -50,14 +50,13 @@ class Readers:
         """Whether a new reader may start: not while a change waits, or readers could keep it waiting for ever."""
         return not self._waiting
 
-    def enter(self) -> ReadHold:
+    def enter(self, hold: ReadHold) -> None:
         """A reader starts."""
-        hold = ReadHold()
         self._holds.add(hold)
-        return hold
 
     def leave(self, hold: ReadHold) -> None:
-        """A reader is done. May be called more than once."""
+        """A reader is done, or does not wait any more. May be called more than once."""
+        hold.revoked = True
         self._holds.discard(hold)
         self._changed.notify_all()
 

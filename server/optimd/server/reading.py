@@ -26,25 +26,27 @@ def read_state(
     Args:
         job: The job.
         request: What is wanted of it.
-        on_hold: Called with the claim that holds the job still, to be released when the reader's line goes down.
+        on_hold: Called, before anything waits, with the claim that is to hold the job still: to be released when the
+            reader's line goes down.
 
     Raises:
         InvalidFieldError: a parameter or a kind that the job does not have.
-        StepTimeoutError: the reader took nothing for too long while a step waited.
+        StepTimeoutError: the reader took nothing for too long while a step waited, or the open step took too long.
+        JobDeletedError: the job is gone.
     """
-    count = len(job.store.parameters)
-    for index in request.parameters:
-        if index >= count:
-            raise InvalidFieldError("ReadStateRequest.parameters", f"{index} is unknown; the job has {count}")
     try:
         kinds = [decode_kind(number) for number in request.tensors]
     except ValueError as error:
         raise InvalidFieldError("ReadStateRequest.tensors", str(error)) from error
     if GRADIENT in kinds:
         raise InvalidFieldError("ReadStateRequest.tensors", "gradients are not kept")
-    wanted = set(request.parameters) or set(range(count))
-    with job.reading() as hold:
-        on_hold(hold)
+    with job.reading(on_hold) as hold:
+        # From here on the parameters are these.
+        count = len(job.store.parameters)
+        for index in request.parameters:
+            if index >= count:
+                raise InvalidFieldError("ReadStateRequest.parameters", f"{index} is unknown; the job has {count}")
+        wanted = set(request.parameters) or set(range(count))
         for page in _pages(job, wanted):
             hold.touch()
             yield encode(reading_pb2.ReadStateResponse(state_dict=page))

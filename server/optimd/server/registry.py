@@ -152,7 +152,7 @@ class JobRegistry:
                 raise LimitExceededError(
                     f"this server holds {len(self._jobs)} jobs and takes no more (--max-jobs); delete one"
                 )
-            job = Job(opening.job, opening.settings, self.device)
+            job = Job(opening.job, opening.settings, self.device, max_bytes=self.max_job_bytes)
             self._jobs[opening.job] = job
             return job, True
 

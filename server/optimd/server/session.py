@@ -9,14 +9,14 @@ from typing import Any
 from optimd.server import update
 from optimd.server.answers import DECLINED, decode_options, refusal, values
 from optimd.server.bufferexchange import attach_buffers, push_buffers
-from optimd.server.errors import InvalidFieldError, OutOfOrderError
+from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError
 from optimd.server.incoming import Incoming, read_bucket
-from optimd.server.job import Job
+from optimd.server.job import AdoptedGroups, Job
 from optimd.server.membership import Member
 from optimd.server.opening import read_layout, read_opening
 from optimd.server.pushes import serve_accumulate, serve_discard, serve_step
 from optimd.server.registry import JobRegistry
-from optimd.server.staging import read_entries, receive_staged
+from optimd.server.staging import read_entries, receive_staged, staged_bytes
 from optimd.server.store import StagedState, Store
 from optimd.v1 import job_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
@@ -145,10 +145,9 @@ class TrainSession:
         return job, member
 
     def _add_param_group(self, job: Job, member: Member, message: training_pb2.AddParamGroup) -> Iterator[bytes]:
-        left = self._registry.max_job_bytes - job.full_bytes
         pages = self._incoming.layout_pages()
         try:
-            layout = read_layout(pages, max_bytes=left, first_group=message.group)
+            layout = read_layout(pages, max_bytes=job.bytes_left, first_group=message.group)
             if len(layout.groups) != 1:
                 raise InvalidFieldError("LayoutPage.groups", "an added layout has exactly one group")
             known = job.await_growth(member, message.group, layout.parameters)
@@ -164,13 +163,13 @@ class TrainSession:
             yield refusal(error)
             return
         yield from self._exchange_values(
-            job, member, buckets, creates=not known, resumed=False, first_group=message.group
+            job, member, buckets, creates=not known, resumed=False, first_group=message.group, group_count=1
         )
 
     def _replace_layout(self, job: Job, member: Member, message: training_pb2.ReplaceLayout) -> Iterator[bytes]:
         pages = self._incoming.layout_pages()
         try:
-            layout = read_layout(pages, max_bytes=self._registry.max_job_bytes)
+            layout = read_layout(pages, max_bytes=self._registry.max_job_bytes - job.buffers_bytes)
             known = job.await_replacement(
                 member, layout_count=message.layout_count, sizes=layout.sizes, parameters=layout.parameters
             )
@@ -192,6 +191,7 @@ class TrainSession:
         creates: bool,
         resumed: bool,
         first_group: int = 0,
+        group_count: int | None = None,
         store: Store | None = None,
     ) -> Iterator[bytes]:
         """From LayoutAccepted to JobReady.
@@ -203,6 +203,7 @@ class TrainSession:
             creates: Whether the worker has to upload values, or is given the job's.
             resumed: Whether it was given a job that has steps behind it.
             first_group: The first of the new groups.
+            group_count: How many they are, if not all of the rest.
             store: Where the values go, if not to the job's own store.
         """
         yield encode(
@@ -223,7 +224,7 @@ class TrainSession:
             self._receive_values(store or job.store, buckets)
             job.grown(member)
         else:
-            for layout in _layout_pages(job, job.adopt_groups(member, first_group), first_group):
+            for layout in _layout_pages(job.adopt(member, first_group, group_count), first_group):
                 yield encode(training_pb2.TrainResponse(layout=layout))
             for bucket in buckets:
                 yield values(job, bucket, [True] * len(bucket.slices))
@@ -266,7 +267,7 @@ class TrainSession:
             )
             load_count = message.load_count
             if needed:
-                groups, staged = self._receive_state(job)
+                groups, staged = self._receive_state(job, member)
                 load_count = job.finish_load(member, staged, groups, digest=message.digest)
         except DECLINED as error:
             job.give_up(member)
@@ -274,16 +275,25 @@ class TrainSession:
             return
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
-    def _receive_state(self, job: Job) -> tuple[list[dict[str, Any]], StagedState]:
+    def _receive_state(self, job: Job, member: Member) -> tuple[list[dict[str, Any]], StagedState]:
         groups: list[dict[str, Any]] = []
-        entries = []
+        entries: list[tuple[int, float, list[str]]] = []
+        seen: set[int] = set()
         for page in self._incoming.state_dict_pages():
             groups += [decode_options(group) for group in page.param_groups]
-            entries += read_entries(job.store, page.state)
+            entries += read_entries(job.store, page.state, seen=seen)
+            if len(groups) > len(job.groups):
+                break
         if len(groups) != len(job.groups):
             raise InvalidFieldError(
                 "StateDictPage.param_groups", f"there are {len(groups)}, the job has {len(job.groups)}"
             )
+        try:
+            job.reserve(member, staged_bytes(job.store, entries))
+        except LimitExceededError:
+            while self._incoming.expect("bucket", "load_state_end")[0] != "load_state_end":
+                pass
+            raise
         staged = job.store.stage(entries)
         received = receive_staged(self._incoming, job.store, staged)
         _, message, _ = self._incoming.expect("load_state_end")
@@ -294,13 +304,13 @@ class TrainSession:
         return groups, staged
 
 
-def _layout_pages(job: Job, groups: Sequence[dict[str, Any]], first_group: int) -> Iterator[job_pb2.LayoutPage]:
+def _layout_pages(adopted: AdoptedGroups, first_group: int) -> Iterator[job_pb2.LayoutPage]:
     messages = (
-        encode_group(index, update.RULE, group, parameter_count=job.group_sizes[index])
-        for index, group in enumerate(groups, first_group)
+        encode_group(index, update.RULE, group, parameter_count=size)
+        for index, (group, size) in enumerate(zip(adopted.groups, adopted.sizes, strict=True), first_group)
     )
     for group_page, _ in paginate(messages):
         yield job_pb2.LayoutPage(groups=group_page)
-    specs = (encode_parameter(parameter) for _, parameter in job.group_parameters(first_group))
+    specs = (encode_parameter(parameter) for parameter in adopted.parameters)
     for spec_page, last in paginate(specs):
         yield job_pb2.LayoutPage(parameters=spec_page, last=last)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+PARAMETER_OVERHEAD_BYTES: Final = 2048
+"""What a parameter takes besides its elements, about: its views, counters and places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
@@ -16,8 +16,15 @@ from optimd.wire.kinds import GRADIENT, PARAMETER, decode_kind
 _LARGEST_STEP: Final = torch.finfo(torch.float32).max
 
 
-def read_entries(store: Store, entries: Iterable[state_dict_pb2.ParameterState]) -> list[tuple[int, float, list[str]]]:
+def read_entries(
+    store: Store, entries: Iterable[state_dict_pb2.ParameterState], *, seen: set[int]
+) -> list[tuple[int, float, list[str]]]:
     """Checks entries of a state_dict.
+
+    Args:
+        store: The job's.
+        entries: The entries of one page.
+        seen: The parameters that have had one, which are added to: none has two.
 
     Returns:
         What `Store.stage` takes.
@@ -29,6 +36,9 @@ def read_entries(store: Store, entries: Iterable[state_dict_pb2.ParameterState])
     for entry in entries:
         if entry.parameter >= len(store.parameters):
             raise InvalidFieldError("ParameterState.parameter", f"{entry.parameter} is unknown")
+        if entry.parameter in seen:
+            raise InvalidFieldError("ParameterState.parameter", f"{entry.parameter} has come already")
+        seen.add(entry.parameter)
         if not abs(entry.step) <= _LARGEST_STEP:
             raise InvalidFieldError("ParameterState.step", f"{entry.step} is not a number that a counter can hold")
         try:
@@ -41,6 +51,12 @@ def read_entries(store: Store, entries: Iterable[state_dict_pb2.ParameterState])
     return checked
 
 
+def staged_bytes(store: Store, entries: Iterable[tuple[int, float, Sequence[str]]], values: Iterable[int] = ()) -> int:
+    """What `Store.stage` takes memory for."""
+    state = sum(store.parameters[index].nbytes * len(names) for index, _, names in entries)
+    return state + sum(store.parameters[index].nbytes for index in values)
+
+
 def receive_staged(incoming: Incoming, store: Store, staged: StagedState) -> int:
     """Receives all buckets that `staged` is made of.
 
@@ -48,14 +64,12 @@ def receive_staged(incoming: Incoming, store: Store, staged: StagedState) -> int
         How many there were.
 
     Raises:
-        InvalidFieldError: one came that was not announced, or came twice.
+        InvalidFieldError: one is malformed, was not announced, or came twice.
         OutOfOrderError: something else came before all were there.
     """
+    kinds = staged.kinds
     awaited = {
-        (kind, bucket.bucket_id)
-        for bucket in store.buckets
-        for kind in staged.kinds
-        if any(staged.expects(kind, bucket))
+        (kind, bucket.bucket_id) for bucket in store.buckets for kind in kinds if any(staged.expects(kind, bucket))
     }
     count = len(awaited)
     while awaited:

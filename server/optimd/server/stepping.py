@@ -41,8 +41,8 @@ class Round:
     settled: bool = False
     pushed: PushedContent = field(default_factory=PushedContent)
     """What its workers changed outside of steps, in place from the first update on."""
-    replaced: set[int] = field(default_factory=set)
-    """The parameters whose values were put in place."""
+    replaced: dict[int, Worker] = field(default_factory=dict)
+    """The parameters whose values were put in place, and whose they are."""
     applied: list[tuple[int, list[bool]]] = field(default_factory=list)
     """The buckets of which a worker has to hear, and which of their slices. One may come twice."""
     commit: Commit | None = None
@@ -286,7 +286,8 @@ class Stepper:
 
     def _spread_replaced(self, round_: Round) -> None:
         """Has every worker hear of values that one of them pushed and that no update has sent on."""
-        if not round_.replaced or len(self._members) < 2:
+        if self._members.keys() <= set(round_.replaced.values()) and len(self._members) == 1:
+            # The only one there is has brought them.
             return
         sent = {
             (bucket_id, position)
@@ -320,18 +321,19 @@ class Stepper:
         )
 
     def _abandon(self, round_: Round, lost: tuple[Worker, ...]) -> None:
-        if not round_.applied and not any(any(a.present) for a in self._accumulators.values()):
-            # Nobody had sent anything yet.
-            round_.abandoned = True
-            self._forget()
-            return
-        _log.warning(
-            "job %s: every worker of the open step was lost (rank %s); its gradients are discarded",
-            self._job,
-            ", ".join(str(worker.rank) for worker in lost),
-        )
+        if round_.applied or not all(accumulator.is_empty for accumulator in self._accumulators.values()):
+            _log.warning(
+                "job %s: every worker of the open step was lost (rank %s); its gradients are discarded",
+                self._job,
+                ", ".join(str(worker.rank) for worker in lost),
+            )
         round_.abandoned = True
         self._forget()
+
+    def forget_content(self, worker: Worker) -> None:
+        """A worker is lost whose push is not complete: nothing of what it changed outside of steps is put in place."""
+        if self._round is not None and not self._round.settled:
+            self._round.pushed.forget(worker)
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:

@@ -244,7 +244,7 @@ class Store:
             entries: For each parameter whose state is replaced its index, its step and the names of its tensors.
             values: The indices of the parameters whose values are replaced.
         """
-        staged = StagedState(self)
+        staged = StagedState()
         for index in values:
             staged.values[index] = torch.empty_like(self._values[index], dtype=self.parameters[index].dtype)
         for index, step, names in entries:
@@ -330,8 +330,7 @@ class Store:
 class StagedState:
     """States and values on their way in: they replace the store's when they are complete, or never."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self) -> None:
         self.steps: dict[int, float] = {}
         """By parameter, whose state is replaced."""
         self.tensors: dict[int, dict[str, torch.Tensor]] = {}

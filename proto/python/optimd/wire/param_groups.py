@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from optimd.v1 import param_group_pb2
 from optimd.wire.dtypes import decode_dtype, encode_dtype
@@ -70,6 +72,7 @@ def decode_group(message: param_group_pb2.ParamGroup) -> dict[str, Any]:
     if rule is None:
         raise ValueError("a param group without options")
     options = getattr(message, rule)
+    _check_tensors(message, options)
     group: dict[str, Any] = {}
     for field in options.DESCRIPTOR.fields:
         if field.message_type is not None:
@@ -101,6 +104,23 @@ def _number(message: param_group_pb2.ParamGroup, key: str, value: Any) -> Any:
     if value.dtype.is_floating_point:
         message.tensors[key] = encode_dtype(value.dtype)
     return value.item()
+
+
+def _check_tensors(message: param_group_pb2.ParamGroup, options: Message) -> None:
+    """Only numbers can have been tensors, and only of a floating type.
+
+    Raises:
+        ValueError: another option is said to be one.
+    """
+    possible = set()
+    for field in options.DESCRIPTOR.fields:
+        if field.message_type is not None:
+            possible |= {f"{field.name}.{place}" for place in range(len(field.message_type.fields))}
+        elif field.type == FieldDescriptor.TYPE_DOUBLE:
+            possible.add(field.name)
+    for key, number in message.tensors.items():
+        if key not in possible or not decode_dtype(number).is_floating_point:
+            raise ValueError(f"option {key!r} cannot be a tensor of dtype {number}")
 
 
 def _restored(message: param_group_pb2.ParamGroup, key: str, value: Any) -> Any:
