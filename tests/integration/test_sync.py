@@ -363,3 +363,19 @@ def test_hyperparameters_that_cannot_be_stepped_with_raise_torchs_error_and_noth
             local.step()
         assert optimizer.job_step == 4
         assert torch.equal(p, twin)
+
+
+def test_a_joining_worker_s_tensors_are_filled_in_place_and_send_nothing_by_themselves(server: Server) -> None:
+    """Narrower than the job's numbers, they are not taken for changes of them."""
+    lr, betas = torch.tensor(0.5), (torch.tensor(0.5), torch.tensor(0.5))
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with Adam([p], lr=0.1, server=server.address, job="joined") as first:
+        p.grad = torch.ones(3)
+        first.step()
+    with Adam([q], lr=lr, betas=betas, server=server.address, job="joined") as second:
+        assert second.param_groups[0]["lr"] is lr
+        assert lr.item() == torch.tensor(0.1).item()
+        q.grad = torch.ones(3)
+        second.step()
+        (job,) = server.registry.all()
+        assert job.groups[0]["lr"] == 0.1

@@ -163,3 +163,21 @@ def test_a_worker_without_finite_gradients_leaves_the_step_to_the_others(server:
         p.grad = torch.full_like(p, sum(grads) / len(grads))
         local.step()
     assert torch.equal(first[0], p.detach())
+
+
+def test_accumulated_gradients_are_unscaled_with_the_step_that_takes_them(server: Server) -> None:
+    """None are left in the worker then, and the scaler's step goes through all the same."""
+    ours, theirs = net(), net()
+    with Adam(ours.parameters(), fused=True, server=server.address) as remote:
+        local = torch.optim.Adam(theirs.parameters(), fused=True)
+        for step in range(3):
+            for micro in range(2):
+                (loss_of(ours, 10 * step + micro) * SCALE).backward()
+                (loss_of(theirs, 10 * step + micro) * SCALE).backward()
+                remote.accumulate()
+            for optimizer in (remote, local):
+                scaled(optimizer, SCALE)
+                optimizer.zero_grad()
+        assert remote.job_step == 3
+        assert_equal_parameters(ours, theirs)
+        assert_equal_states(remote, local)

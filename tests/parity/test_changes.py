@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from optimd.client import AccumulationLostError, Adam, JobMismatchError, ProxyOptions
 from optimd.server import Server
@@ -450,6 +452,100 @@ def test_a_loaded_state_replaces_edits(server: Server) -> None:
         remote.state[model[0].weight]["exp_avg"].fill_(5.0)
         remote.load_state_dict(saved)
         assert torch.equal(remote.state[model[0].weight]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def replace_alike(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    """Another parameter of the same form in the place of one, without its state."""
+    old: Any = model[0].weight
+    new = nn.Parameter(old.detach() + 1)
+    new.grad = old.grad
+    del optimizer.state[old]
+    optimizer.param_groups[0]["params"][0] = new
+    model[0].weight = new
+
+
+def replace_and_add_a_group(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    replace_alike(model, optimizer)
+    extra = nn.Parameter(torch.ones(3))
+    extra.grad = torch.ones(3)
+    model.register_parameter("extra", extra)
+    optimizer.add_param_group({"params": [extra]})
+
+
+def replace_and_load(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    replace_alike(model, optimizer)
+    optimizer.load_state_dict(saved)
+
+
+def assign_state_to_itself(_: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state = optimizer.state
+
+
+@pytest.mark.parametrize("change", [replace_and_add_a_group, replace_and_load, assign_state_to_itself])
+def test_a_replaced_parameter_stays_replaced_whatever_comes_before_the_next_step(
+    server: Server, change: Change
+) -> None:
+    """Its values are pushed, and its state is what it was given."""
+    changed_midway(server, change)
+
+
+def test_a_parameter_whose_memory_was_freed_is_left_alone_until_it_is_back(server: Server) -> None:
+    """As sharding libraries do with what is not needed for a while; torch does not look at it without a gradient."""
+    sizes = (1000, 50_000, 1_000_000)
+    ours, theirs = ([nn.Parameter(torch.ones(size)) for size in sizes] for _ in range(2))
+    with Adam(ours, lr=0.1, server=server.address, **KERNEL) as remote:
+        local = torch.optim.Adam(theirs, lr=0.1, **KERNEL)
+        for step in range(4):
+            for parameters, optimizer in ((ours, remote), (theirs, local)):
+                for p in parameters:
+                    if step in {1, 2}:
+                        p.grad = None
+                        p.untyped_storage().resize_(0)
+                    elif step == 3:
+                        p.untyped_storage().resize_(p.numel() * 4)
+                        p.data.fill_(2.0)
+                    if step in {0, 3}:
+                        p.grad = torch.ones_like(p)
+                optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        ours[0].grad = torch.ones(1000)
+        ours[0].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="has been freed"):
+            remote.step()
+
+
+def test_watching_keeps_no_memory(server: Server) -> None:
+    """What a program lets go, between two steps, is gone."""
+    p = nn.Parameter(torch.ones(100_000))
+    with Adam([p], server=server.address) as remote:
+        p.grad = torch.ones_like(p)
+        remote.step()
+        memory = StorageWeakRef(p.untyped_storage())
+        p.data = torch.ones(100_000)
+        gc.collect()
+        assert memory.expired()
+
+
+def test_walking_through_the_state_takes_few_calls(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one for each entry nor one for each question whether there is one."""
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(300)]
+    with Adam(parameters, server=server.address) as remote:
+        for p in parameters:
+            p.grad = torch.ones(2)
+        remote.step()
+        session = remote._session
+        assert session is not None
+        original, calls = session.read, list[Any]()
+
+        def read(*args: Any) -> Any:
+            calls.append(args)
+            return original(*args)
+
+        monkeypatch.setattr(session, "read", read)
+        assert all(p in remote.state for p in parameters)
+        assert all(remote.state[p]["step"] == 1 for p in parameters)
+        assert len(calls) < 10
 
 
 # --- several workers

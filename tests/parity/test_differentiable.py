@@ -9,7 +9,7 @@ import torch
 
 from optimd.client import Adam, AdamW, ConfigurationError, ProxyOptions
 from optimd.server import Server
-from tests.support import assert_equal_states
+from tests.support import assert_equal_states, in_threads
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -133,3 +133,34 @@ def test_the_errors_of_differentiable_are_torchs(server: Server) -> None:
         with pytest.raises(RuntimeError) as ours:
             remote.step()
         assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_grad_norm": 1.0}, {"nonfinite": "skip"}, {"nonfinite": "error"}, {"master_dtype": torch.float64}],
+    ids=str,
+)
+def test_what_a_server_would_do_to_gradients_is_refused(server: Server, options: dict[str, Any]) -> None:
+    """It sees none of them: silently doing nothing would be worse."""
+    with pytest.raises(ConfigurationError, match="differentiable=True has the step made in the worker"):
+        meta_gradient(Adam, 1, server=server.address, options=ProxyOptions(**options))
+
+
+def test_workers_that_become_differentiable_are_refused_by_the_next_step(server: Server) -> None:
+    """Not only in the constructor; nothing has changed."""
+
+    def work(rank: int) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.ones(3))
+        options = ProxyOptions(rank=rank, world_size=2)
+        with Adam([p], server=server.address, job="two", options=options) as remote:
+            p.grad = torch.ones(3)
+            remote.param_groups[0]["differentiable"] = True
+            with pytest.raises(ConfigurationError, match="2 workers"):
+                remote.step()
+            remote.param_groups[0]["differentiable"] = False
+            remote.step()
+            assert remote.job_step == 1
+        return p.detach()
+
+    first, second = in_threads(work, 2)
+    assert torch.equal(first, second)

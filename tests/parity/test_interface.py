@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -457,3 +458,39 @@ def test_tensors_larger_than_the_default_bucket_have_torchs_bits(server: Server)
                 optimizer.step()
         assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
         assert_equal_states(remote, local)
+
+
+def test_a_closed_optimizer_may_still_clear_its_gradients(server: Server) -> None:
+    """Nothing is held for it any more, whatever it had accumulated."""
+    model = net()
+    remote = Adam(model.parameters(), server=server.address)
+    backward(model, 0)
+    remote.accumulate()
+    remote.close()
+    backward(model, 1)
+    remote.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_thread_may_save_while_another_one_edits_the_state(server: Server) -> None:
+    """As a server step hook may; what torch packs in one thread is not what the other one sees."""
+    p = nn.Parameter(torch.ones(4))
+    with Adam([p], server=server.address) as remote:
+        p.grad = torch.ones(4)
+        remote.step()
+        inside, edited = threading.Event(), threading.Event()
+
+        def wait(_: Any) -> None:
+            inside.set()
+            assert edited.wait(10)
+
+        remote.register_state_dict_pre_hook(wait)
+        saving = threading.Thread(target=remote.state_dict)
+        saving.start()
+        assert inside.wait(10)
+        remote.state[p]["exp_avg"].zero_()
+        edited.set()
+        saving.join(10)
+        assert not remote.state[p]["exp_avg"].any()
+        remote.step()
+        assert torch.allclose(remote.state[p]["exp_avg"], torch.full((4,), 0.1))

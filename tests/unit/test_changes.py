@@ -540,13 +540,16 @@ def test_values_of_one_block_that_change_their_sign_alike_are_seen(dtype: torch.
     assert watch.changed([tensor]) == {0}
 
 
-def test_memory_that_is_watched_is_not_given_out_again() -> None:
-    """Or what is assigned later could come to lie there, with the same version, and pass for what was remembered."""
-    tensor = nn.Parameter(torch.ones(30_000))
+def test_memory_that_is_given_out_again_is_not_taken_for_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is assigned later may lie at the same address, with the same version, and look the same where it is sampled.
+
+    Which sizes come back at once is the allocator's business; small ones nearly always do.
+    """
+    monkeypatch.setattr("optimd.client.changes.SUMMED_UP_TO", 4096)
+    tensor, mask = nn.Parameter(torch.ones(30_000)), torch.ones(30_000)
+    mask[(30_000 - 16) // 255 - 1] = 0
     watch = ValueWatch()
     watch.remember([tensor])
-    first = tensor.data_ptr()
     for _ in range(100):
-        tensor.data = tensor.data * 1.0
-        assert tensor.data_ptr() != first
+        tensor.data = tensor.data * mask
         assert watch.changed([tensor]) == {0}

@@ -28,6 +28,8 @@ class _AdamRule(OptimizerProxy):
     _rule: ClassVar[str] = "adam"
     _state_tensors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
+    _made_here_by: ClassVar[str] = "differentiable=True"
+    _sparse_error: ClassVar[str] = "Adam does not support sparse gradients, please consider SparseAdam instead"
     _rehearsed: frozenset[Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -50,7 +52,7 @@ class _AdamRule(OptimizerProxy):
             tensor.dtype,
             tensor.device,
             *(_kind(group[name]) for name in ("lr", "eps", "weight_decay")),
-            *(_kind(beta) if isinstance(beta, torch.Tensor) else beta for beta in group["betas"]),
+            *((_kind(beta), beta if not 0 <= float(beta) < 1 else None) for beta in group["betas"]),
             *(group[name] for name in ("amsgrad", "maximize", "foreach", "capturable", "fused")),
             getattr(self, "grad_scale", None) is None,
             getattr(self, "found_inf", None) is None,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from optimd.client.parameters import is_held
+from optimd.client.parameters import has_memory, is_held
 from optimd.wire.tensors import flatten, memory_order
 
 WHOLE_UP_TO: Final = 4096
@@ -36,8 +37,9 @@ _WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Mark(NamedTuple):
     """What a tensor was when it was last in order."""
 
-    held: torch.Tensor
-    """Its memory, which is kept: nothing else may come to lie at the same address and look the same."""
+    memory: StorageWeakRef
+    """Its memory, which is not kept: whether it is still there tells a later one at the same address apart."""
+    pointer: int
     version: int
     content: tuple[torch.Tensor, ...]
 
@@ -47,7 +49,7 @@ class ValueWatch:
 
     Noticed is all but some writes through `.data`: exchanges, of elements or of signs, within single 2 KiB blocks of
     tensors of more than `WHOLE_UP_TO` elements, and what a sample of those of more than `SUMMED_UP_TO` does not meet.
-    It meets every row of at least 1 KiB. Keeps the memory of the remembered tensors. Not thread-safe.
+    It meets every row of at least 1 KiB. Does not keep the tensors alive. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -68,16 +70,23 @@ class ValueWatch:
 
 
 def _mark(tensor: torch.Tensor) -> _Mark | None:
-    """None where the job has none of a tensor's elements."""
-    if not is_held(tensor):
+    """None where the job has none of a tensor's elements, or they cannot be looked at."""
+    # Some libraries free the memory of parameters that are not needed for a while.
+    if not is_held(tensor) or not has_memory(tensor):
         return None
-    return _Mark(tensor.detach(), _version(tensor), _content(tensor))
+    memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return _Mark(memory, tensor.data_ptr(), _version(tensor), _content(tensor))
 
 
 def _is_still(tensor: torch.Tensor, mark: _Mark | None) -> bool:
-    if mark is None or not is_held(tensor):
+    if not is_held(tensor):
         return mark is None
-    if (tensor.data_ptr(), _version(tensor)) != (mark.held.data_ptr(), mark.version):
+    if not has_memory(tensor):
+        # There is nothing to be pushed, until there is.
+        return True
+    if mark is None or (tensor.data_ptr(), _version(tensor)) != (mark.pointer, mark.version):
+        return False
+    if mark.memory.expired():  # type: ignore[no-untyped-call]
         return False
     return all(torch.equal(now, then) for now, then in zip(_content(tensor), mark.content, strict=True))
 

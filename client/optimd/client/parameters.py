@@ -22,6 +22,11 @@ def is_held(tensor: torch.Tensor) -> bool:
     return not is_lazy(tensor) and not tensor.is_meta and is_carried(tensor.dtype)
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements are there: its storage may have been emptied under it."""
+    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+
+
 def form_of(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
     """The dtype and the shape that the job knows a parameter by."""
     return (tensor.dtype, tuple(tensor.shape)) if is_held(tensor) else (torch.float32, (0,))
@@ -83,12 +88,15 @@ def titles(group: Mapping[str, Any]) -> list[str]:
     return list(named) if len(named) == len(group["params"]) else [""] * len(group["params"])
 
 
-def gradients(tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]) -> list[torch.Tensor | None]:
+def gradients(
+    tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter], *, sparse_error: str
+) -> list[torch.Tensor | None]:
     """The gradients of parameters, None where they have none.
 
     Args:
         tensors: The parameters.
         parameters: What describes them.
+        sparse_error: What is said of sparse ones.
 
     Raises:
         RuntimeError: one is sparse, of another shape or dtype than its parameter, of a dtype that is not carried, or
@@ -105,7 +113,7 @@ def gradients(tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]) 
                 )
             grad = None
         if grad is not None and grad.layout is not torch.strided:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+            raise RuntimeError(sparse_error)
         if grad is not None and (grad.dtype != tensor.dtype or grad.shape != tensor.shape):
             raise RuntimeError(
                 f"{parameter.title(index)} is {tensor.dtype} {list(tensor.shape)}, its gradient {grad.dtype} "
@@ -152,6 +160,7 @@ class FlatReader:
             tensor = self._tensors[index]
             if tensor is None:
                 raise RuntimeError(f"parameter {index} has nothing to be read")
+            _check_memory(index, tensor)
             plain = tensor.detach().resolve_conj().resolve_neg().to(dtype)
             flat = flatten(plain, self._parameters[index].memory_order).cpu().contiguous()
             self._index, self._bytes = index, bytes_of(flat)
@@ -205,11 +214,17 @@ class FlatWriter:
         flat = self._flats.get(index)
         if flat is None:
             tensor = self._tensors[index].detach()
+            _check_memory(index, tensor)
             flat = flatten(tensor, self._parameters[index].memory_order)
             if flat.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
                 self._copied.add(index)
             self._flats[index] = flat
         return flat
+
+
+def _check_memory(index: int, tensor: torch.Tensor) -> None:
+    if not has_memory(tensor):
+        raise RuntimeError(f"the memory of parameter {index}, or of its gradient or state, has been freed")
 
 
 def refuse_shared_memory(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
@@ -227,7 +242,8 @@ def refuse_shared_memory(tensors: Sequence[torch.Tensor], names: Sequence[str]) 
             spans.append((tensor.untyped_storage().data_ptr(), start, end, index))
     spans.sort()
     for position, (storage, _, end, index) in enumerate(spans):
-        for other_storage, other_start, _, other in spans[position + 1 :]:
+        for following in range(position + 1, len(spans)):
+            other_storage, other_start, _, other = spans[following]
             if other_storage != storage or other_start >= end:
                 break
             if _share_elements(tensors[index], tensors[other]):

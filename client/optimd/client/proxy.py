@@ -74,7 +74,8 @@ class OptimizerProxy(RemoteOptimizer):
             connection = Connection(placement.find_server())
             connection.probe(options.retry_timeout_s)
             session = Session(connection, placement.request)
-            self._check_place_of_steps(placement.world_size)
+            if self._is_made_here():
+                self._check_made_here(placement.world_size)
             adopted = session.open(self.param_groups, tensors, parameters)
         except BaseException:
             names.give_back(*name)
@@ -86,6 +87,7 @@ class OptimizerProxy(RemoteOptimizer):
         self._server_step_hooks = ServerStepHooks(self, session, options.retry_timeout_s)
         for group, options_of_job in zip(self.param_groups, adopted or (), strict=False):
             _adopt(group, options_of_job)
+        session.acknowledge(self.param_groups)
         self._tracker = ParameterTracker(self._state_tensors)
         self._settle()
 
@@ -159,9 +161,11 @@ class OptimizerProxy(RemoteOptimizer):
             self._settle()
             if push.grad_scale is not None and not push.skipped:
                 # torch's fused kernel leaves the gradients divided by their scale.
-                torch._foreach_div_([grad for grad in push.grads if grad is not None], push.grad_scale)
+                for grad in push.grads:
+                    if grad is not None:
+                        grad.div_(push.grad_scale)
             if session.wants_buffers and self._buffers is not None:
-                session.push_buffers(self._buffers)
+                self._refresh_buffers(session, self._buffers)
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             warnings.warn(
@@ -183,11 +187,15 @@ class OptimizerProxy(RemoteOptimizer):
         """
         self._own_hooks().refuse_in_hook("accumulate()")
         if self._is_made_here():
-            raise ConfigurationError("accumulate() leaves gradients to the server, and this step is made in the worker")
+            raise ConfigurationError(
+                f"accumulate() leaves gradients to the server, and {self._made_here_by} has the step made in the worker"
+            )
         session = self._open_session()
         tensors = self._tensors()
         self._follow_layout(session, tensors)
-        session.accumulate(len(self.param_groups), gradients(tensors, session.parameters))
+        session.accumulate(
+            len(self.param_groups), gradients(tensors, session.parameters, sparse_error=self._sparse_error)
+        )
         for tensor in tensors:
             tensor.grad = None
 
@@ -302,6 +310,7 @@ class OptimizerProxy(RemoteOptimizer):
                 adopted = session.add_group(group, added, described)
                 if adopted is not None:
                     _adopt(group, adopted)
+                    session.acknowledge(self.param_groups)
                 self._tracker.grow(tensors)
         except BaseException:
             del self.param_groups[before:]
@@ -350,7 +359,7 @@ class OptimizerProxy(RemoteOptimizer):
         )
         self._connect(server, None, alone, private=True)
         self._open_session().load(self.param_groups, entries, force=False)
-        self._tracker.replace_state(here, self._fetcher())
+        self._tracker.replace_state(self._tensors(), here, self._fetcher())
         if self._is_made_here():
             self._state_here = here
 
@@ -381,27 +390,31 @@ class OptimizerProxy(RemoteOptimizer):
 
     # --- inside
 
+    def _refresh_buffers(self, session: Session, buffers: AttachedBuffers) -> None:
+        try:
+            session.push_buffers(buffers)
+        except JobMismatchError as error:
+            # The step is made: what keeps the server's copy from being refreshed is no reason to fail it.
+            warnings.warn(f"the server's copy of the buffers was not refreshed: {error}", stacklevel=4)
+
     def _own_hooks(self) -> ServerStepHooks:
         if self._server_step_hooks is None:
             raise OptimizerClosedError("this optimizer never opened a job: its constructor failed")
         return self._server_step_hooks
 
-    def _check_place_of_steps(self, world_size: int) -> None:
-        if world_size > 1 and self._is_made_here():
-            raise ConfigurationError(
-                f"steps that are part of the autograd graph (differentiable=True) are made in the worker, and "
-                f"{world_size} workers would make different ones; use one worker"
-            )
-
 
 def _adopt(group: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Puts the job's options into a worker's group, in place where they are tensors."""
     for key, value in options.items():
-        here = group.get(key)
-        if isinstance(here, torch.Tensor):
-            here.fill_(value)
-        else:
-            group[key] = value
+        group[key] = _adopted(group.get(key), value)
+
+
+def _adopted(here: Any, value: Any) -> Any:
+    if isinstance(here, torch.Tensor):
+        return here.fill_(value)
+    if isinstance(here, tuple) and isinstance(value, tuple) and len(here) == len(value):
+        return tuple(map(_adopted, here, value))
+    return value
 
 
 def _refuse_repetition(group: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 import torch
 from torch.optim.optimizer import Optimizer, StateDict
 
-from optimd.client.exceptions import AccumulationLostError, JobMismatchError, OptimizerClosedError
+from optimd.client.exceptions import AccumulationLostError, ConfigurationError, JobMismatchError, OptimizerClosedError
 from optimd.client.masterstate import remembering_what_is_loaded, unrounded
 from optimd.client.options import ProxyOptions
 from optimd.client.parameters import describe_groups, gradients, refuse_shared_memory
@@ -40,6 +41,12 @@ class RemoteOptimizer(Optimizer):
     _state_tensors: ClassVar[tuple[str, ...]]
     """The tensors that the rule may keep for a parameter, by torch's keys, besides `step`."""
 
+    _made_here_by: ClassVar[str]
+    """What has steps made in this process, as a message to a person says it."""
+
+    _sparse_error: ClassVar[str]
+    """What torch says of sparse gradients."""
+
     # Values are given in `__new__`, not here: trainers wrap an optimizer in an object of a class derived from the
     # optimizer's, which forwards only the attributes that it does not find.
     _session: Session | None
@@ -48,6 +55,8 @@ class RemoteOptimizer(Optimizer):
     """What the constructor was asked for: server and options."""
     _loading: Sequence[StateDict]
     """While a state_dict is being loaded, what torch was given to load."""
+    _packing: set[int]
+    """The threads in which torch's `state_dict` is packing."""
     _state_here: dict[Any, Any] | None
     """The state, while it is in this process: where steps are made here, and for torch's methods to work on."""
 
@@ -56,6 +65,7 @@ class RemoteOptimizer(Optimizer):
         optimizer = super().__new__(cls)
         optimizer._session = optimizer._state_here = None
         optimizer._loading = ()
+        optimizer._packing = set()
         return optimizer
 
     def state_dict(self) -> StateDict:
@@ -67,10 +77,13 @@ class RemoteOptimizer(Optimizer):
         if self._state_here is not None:
             # It lives here; or a hook of load_state_dict looks at what is being loaded, before the server has it.
             return untraced(super().state_dict)()
-        content = self._content()
-        with self._having_state():
-            self.state.update(content)
+        # Only for this thread: a server step hook may call this while another one is using the optimizer.
+        thread = threading.get_ident()
+        self._packing.add(thread)
+        try:
             return untraced(super().state_dict)()
+        finally:
+            self._packing.discard(thread)
 
     def load_state_dict(self, state_dict: StateDict, *, force: bool = False) -> None:
         """Loads a state_dict, of this class or of torch's.
@@ -102,22 +115,30 @@ class RemoteOptimizer(Optimizer):
             self._loading = ()
         if not self._is_made_here():
             loaded, self._state_here = self.state, None
-            self._tracker.replace_state(loaded, self._fetcher())
+            self._tracker.replace_state(self._tensors(), loaded, self._fetcher())
 
     @property
     def state(self) -> Any:
         """The optimizer state, by parameter: a `RemoteState`."""
         if self._state_here is not None:
             return self._state_here
-        return RemoteState(self._tracker.cache, self._fetch, self._fetcher(), self._stepped)
+        return RemoteState(
+            self._tracker.cache,
+            self._fetch,
+            self._fetcher(),
+            self._stepped,
+            plain=threading.get_ident() in self._packing,
+        )
 
     @state.setter
     def state(self, value: Any) -> None:
         # torch's constructor gives every optimizer an empty one, before there is a server.
         if self._session is not None:
+            # Before it is cleared: it may be a view of the same state.
+            content = dict(value)
             state = self.state
             state.clear()
-            state.update(value)
+            state.update(content)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
@@ -171,6 +192,24 @@ class RemoteOptimizer(Optimizer):
         """A parameter's state as torch's step would have left it."""
         raise NotImplementedError
 
+    def _check_made_here(self, world_size: int) -> None:
+        """Checks that nobody and nothing else has a say in steps that are made in this process.
+
+        Raises:
+            ConfigurationError: there are several workers, or the server was to do something to gradients.
+        """
+        options = self._requested[1]
+        if world_size > 1:
+            raise ConfigurationError(
+                f"{self._made_here_by} has the step made in the worker, and {world_size} workers would make different "
+                "ones; use one worker"
+            )
+        if options.max_grad_norm is not None or options.nonfinite != "allow" or options.master_dtype is not None:
+            raise ConfigurationError(
+                f"{self._made_here_by} has the step made in the worker, where max_grad_norm, nonfinite and "
+                "master_dtype of ProxyOptions do nothing; leave them out"
+            )
+
     def _push(self, session: Session, tensors: Sequence[torch.Tensor]) -> Push:
         """What the next step brings."""
         if self._state_here is not None:
@@ -182,7 +221,7 @@ class RemoteOptimizer(Optimizer):
             for tensor in kinds.values():
                 self._check_step(group, tensor, None)
         self._follow_layout(session, tensors)
-        grads = gradients(tensors, session.parameters)
+        grads = gradients(tensors, session.parameters, sparse_error=self._sparse_error)
         self._tracker.keep_departed(tensors, self._stepped)
         changes = self._tracker.changes(tensors)
         if changes.states:
@@ -199,6 +238,7 @@ class RemoteOptimizer(Optimizer):
 
     def _step_here(self, session: Session, tensors: Sequence[torch.Tensor]) -> Push:
         """Makes the step in this process. What it led to is what goes to the server."""
+        self._check_made_here(session.world_size)
         if self._state_here is None:
             self._state_here = defaultdict(dict, self._content())
         self._follow_layout(session, tensors)
@@ -293,7 +333,7 @@ class RemoteOptimizer(Optimizer):
             here = optimizer()
             if here is None:
                 raise OptimizerClosedError("the optimizer that this state belongs to is gone")
-            return here._tracker.read_ahead.read(index, here._fetch, here._state_sizes())  # noqa: SLF001  # its own
+            return here._tracker.read_ahead.read(index, here._fetch, here._state_sizes)  # noqa: SLF001  # its own
 
         return fetch
 

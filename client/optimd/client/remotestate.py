@@ -32,6 +32,8 @@ class StateCache:
     def __init__(self, own: Collection[str]) -> None:
         self.own = frozenset(own)
         self.fetch: Callable[[int], dict[str, Any]] | None = None
+        self.listed: frozenset[int] | None = None
+        """Which parameters have a state on the server, once that was asked for."""
         self.known: list[torch.Tensor] = []
         """The parameters whose state the server holds, by index."""
         self._positions: dict[int, int] = {}
@@ -69,6 +71,7 @@ class StateCache:
             fetch: Fetches the state of the parameter with a given index, without foreign keys.
         """
         self.fetch = fetch
+        self.listed = None
         for tensor, entry in self.entries.items():
             if entry.is_fresh:
                 foreign = {key: value for key, value in dict.items(entry) if key not in self.own}
@@ -153,19 +156,23 @@ class ReadAhead:
         self._reads = 0
 
     def read(
-        self, index: int, fetch: Callable[[Sequence[int]], dict[int, dict[str, Any]]], sizes: Sequence[int]
+        self,
+        index: int,
+        fetch: Callable[[Sequence[int]], dict[int, dict[str, Any]]],
+        list_sizes: Callable[[], Sequence[int]],
     ) -> dict[str, Any]:
         """The state of the parameter with this index.
 
         Args:
             index: The index.
             fetch: Fetches the state of the parameters with the given indices.
-            sizes: What the states of the parameters take, in bytes.
+            list_sizes: Tells what the states of all parameters take, in bytes.
         """
         if index in self._ahead:
             return self._ahead.pop(index)
         self._reads += 1
-        wanted, room = [index], _AHEAD_BYTES if self._reads > _READS_ALONE else 0
+        wanted, room = [index], _AHEAD_BYTES
+        sizes = list_sizes() if self._reads > _READS_ALONE else ()
         for following in range(index + 1, min(len(sizes), index + _MOST_AHEAD)):
             room -= sizes[following]
             if room < 0:
@@ -187,6 +194,7 @@ class RemoteState(MutableMapping[Any, Any]):
         fetch: Fetches the state of the parameters with the given indices, or of all.
         fetch_one: Fetches that of one. Must not keep the optimizer alive.
         list_indices: Which parameters have a state on the server.
+        plain: Whether `items` gives plain dicts, of which nothing is kept here.
     """
 
     def __init__(
@@ -195,11 +203,14 @@ class RemoteState(MutableMapping[Any, Any]):
         fetch: Callable[[Sequence[int]], dict[int, dict[str, Any]]],
         fetch_one: Callable[[int], dict[str, Any]],
         list_indices: Callable[[], Collection[int]],
+        *,
+        plain: bool = False,
     ) -> None:
         self._cache = cache
         self._fetch = fetch
         self._fetch_one = fetch_one
         self._list_indices = list_indices
+        self._plain = plain
 
     def __getitem__(self, key: Any) -> Any:
         cache = self._cache
@@ -226,7 +237,7 @@ class RemoteState(MutableMapping[Any, Any]):
             return
         if before is not None:
             before.detach()
-        if isinstance(value, StateEntry) and all(value is not entry for entry in cache.entries.values()):
+        if isinstance(value, StateEntry) and not value.is_attached:
             # One that was taken out from under another parameter: whoever holds it goes on to write to this state.
             entry = value
             entry.detach()
@@ -265,11 +276,11 @@ class RemoteState(MutableMapping[Any, Any]):
         if (entry is not None and entry.is_fresh) or key in cache.foreign:
             return True
         index = cache.index(key)
-        return index is not None and index in self._list_indices()
+        return index is not None and index in self._listed()
 
     def __iter__(self) -> Iterator[Any]:
         cache = self._cache
-        listed = set(self._list_indices())
+        listed = set(self._listed())
         keys: list[Any] = []
         for index, tensor in enumerate(cache.known):
             entry = cache.entries.get(tensor)
@@ -338,6 +349,8 @@ class RemoteState(MutableMapping[Any, Any]):
 
     def items(self) -> ItemsView[Any, Any]:
         """All entries, fetched in one call."""
+        if self._plain:
+            return self.snapshot().items()
         self._fetch_all()
         return super().items()
 
@@ -345,6 +358,12 @@ class RemoteState(MutableMapping[Any, Any]):
         """All entries, fetched in one call."""
         self._fetch_all()
         return super().values()
+
+    def _listed(self) -> Collection[int]:
+        cache = self._cache
+        if cache.listed is None:
+            cache.listed = frozenset(self._list_indices())
+        return cache.listed
 
     def _fetch_all(self) -> None:
         cache = self._cache

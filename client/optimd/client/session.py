@@ -108,6 +108,20 @@ class Session:
         """
         self._usable()
 
+    @property
+    def world_size(self) -> int:
+        """How many workers the job has been opened for."""
+        return self._request.aggregation.sync.world_size
+
+    def acknowledge(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The worker's param_groups are the job's: only what changes from here on is sent.
+
+        They may be other numbers than the server's, where the worker holds one in a narrower dtype.
+        """
+        self._sent_groups = [
+            _serialised(encode_group(index, self._request.rule, group)) for index, group in enumerate(groups)
+        ]
+
     # --- opening and growing
 
     def open(
@@ -398,10 +412,11 @@ class Session:
         """
         stream = self._usable()
         encoded = [encode_group(index, self._request.rule, group) for index, group in enumerate(groups)]
+        # Here, not where it is sent: what cannot be read must not cost the stream.
+        digest = hashlib.sha256()
+        for part in state_messages(self._layout, encoded, entries):
+            digest.update(part)
         with self._failing_for_good():
-            digest = hashlib.sha256()
-            for part in state_messages(self._layout, encoded, entries):
-                digest.update(part)
             announcement = training_pb2.LoadState(digest=digest.digest(), load_count=self._load_count + 1, force=force)
             stream.send([encode(training_pb2.TrainRequest(load_state=announcement))])
             kind, message, _ = stream.expect("load_state_accepted", "refused")
@@ -465,6 +480,7 @@ class Session:
 
     def leave(self) -> None:
         """Leaves the job in good order. May be called more than once."""
+        self._nothing_held()
         stream, self._stream = self._stream, None
         if stream is not None and self._broken is None and self._connection.is_own:
             stream.send([encode(training_pb2.TrainRequest(leave=training_pb2.Leave()))])

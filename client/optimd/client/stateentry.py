@@ -34,6 +34,8 @@ class StateEntry(dict[str, Any]):
         super().__init__()
         self._own = own
         self._fetch = fetch
+        self.is_attached = True
+        """Whether it is a parameter's entry."""
         self._marks: dict[str, _Mark] = {}
         self.is_fresh = fetch is None
         """Whether it holds its content."""
@@ -62,6 +64,7 @@ class StateEntry(dict[str, Any]):
         self.load()
         self._fetch = None
         self._marks = {}
+        self.is_attached = False
 
     @property
     def is_edited(self) -> bool:

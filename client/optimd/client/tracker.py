@@ -54,21 +54,27 @@ class ParameterTracker:
         self._dirty.clear()
         self._watch.remember(tensors)
 
-    def replace_state(self, content: Mapping[Any, Any], fetch: Callable[[int], dict[str, Any]]) -> None:
-        """The server was given a whole state.
+    def replace_state(
+        self, tensors: Sequence[torch.Tensor], content: Mapping[Any, Any], fetch: Callable[[int], dict[str, Any]]
+    ) -> None:
+        """The server was given a whole state. Values that were written are still to be pushed.
 
         Args:
+            tensors: The parameters, as many as are known.
             content: The state, by parameter.
             fetch: As in `settle`.
         """
+        self._dirty |= {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
         self.read_ahead.clear()
+        self.cache.know(tensors)
         self.cache.replace(content, fetch)
 
     def grow(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Parameters were added to the job, behind those that are known."""
-        self._dirty |= self._watch.changed(self.known)
+        """Parameters were added to the job, behind those that are known, some of which others may have replaced."""
+        known = len(self.known)
+        self._dirty |= self._watch.changed(tensors[:known])
         self._watch.remember(tensors)
-        self.cache.know(tensors)
+        self.cache.know([*self.known, *tensors[known:]])
 
     def relocate(self, tensors: Sequence[torch.Tensor], fetch: Callable[[int], dict[str, Any]]) -> None:
         """The job's parameters were replaced by these, with their values; edits of state are still to be pushed."""

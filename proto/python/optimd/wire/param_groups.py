@@ -100,7 +100,8 @@ def rule_of(message: param_group_pb2.ParamGroup) -> str | None:
 
 def _number(message: param_group_pb2.ParamGroup, key: str, value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
-        return value
+        # Such as numpy's 0-dim arrays, which compute as numbers do.
+        return float(value) if hasattr(value, "__float__") and not isinstance(value, int | float) else value
     if value.dtype.is_floating_point:
         message.tensors[key] = encode_dtype(value.dtype)
     return value.item()
