@@ -44,12 +44,12 @@ class Pair:
         self.job = Job("pair", settings, torch.device("cpu"))
         self.members = [Member(Worker(rank, f"worker-{rank}"), incarnation=rank) for rank in range(2)]
         self.job.admit(self.members[0], creates=True, check=lambda: None)
-        for bucket in self.job.grow(self.members[0], [OPTIONS], [1], PARAMETERS):
+        for bucket in self.job.bringing.grow(self.members[0], [OPTIONS], [1], PARAMETERS):
             self.job.store.write_values(bucket, torch.zeros(ELEMENTS))
-        self.job.grown(self.members[0])
+        self.job.bringing.grown(self.members[0])
         self.job.welcome(self.members[0])
         self.job.admit(self.members[1], creates=False, check=lambda: None)
-        self.job.adopt(self.members[1], 0)
+        self.job.bringing.adopt(self.members[1], 0)
         self.job.welcome(self.members[1])
 
 
@@ -62,7 +62,7 @@ def test_parameters_are_not_replaced_while_another_worker_accumulates() -> None:
     known: list[bool] = []
 
     def replace() -> None:
-        known.append(job.await_replacement(first, layout_count=1, sizes=[1], parameters=PARAMETERS))
+        known.append(job.bringing.await_replacement(first, layout_count=1, sizes=[1], parameters=PARAMETERS))
 
     waiting = threading.Thread(target=replace)
     waiting.start()
@@ -73,12 +73,12 @@ def test_parameters_are_not_replaced_while_another_worker_accumulates() -> None:
     job.finished(second)
     waiting.join(5)
     assert known == [False]
-    store = job.replace([OPTIONS], [1], PARAMETERS, [])
+    store = job.bringing.replace([OPTIONS], [1], PARAMETERS, [])
     for bucket in store.buckets:
         store.write_values(bucket, torch.zeros(ELEMENTS))
-    job.grown(first)
+    job.bringing.grown(first)
     assert second.held.nbytes == 0
-    assert job.await_replacement(second, layout_count=1, sizes=[1], parameters=PARAMETERS)
+    assert job.bringing.await_replacement(second, layout_count=1, sizes=[1], parameters=PARAMETERS)
     assert second.held.micro == 0
 
 
@@ -92,7 +92,9 @@ def test_parameters_are_not_replaced_while_another_worker_receives_its_step() ->
     job.finished(first)
     results: list[Any] = []
     waiting = threading.Thread(
-        target=lambda: results.append(job.await_replacement(first, layout_count=1, sizes=[1], parameters=PARAMETERS))
+        target=lambda: results.append(
+            job.bringing.await_replacement(first, layout_count=1, sizes=[1], parameters=PARAMETERS)
+        )
     )
     waiting.start()
     waiting.join(0.2)
@@ -109,10 +111,10 @@ def test_a_worker_that_left_does_not_make_a_job_ready() -> None:
     job = Job("unborn", settings, torch.device("cpu"))
     creator = Member(Worker(0, "worker-0"), incarnation=1)
     job.admit(creator, creates=True, check=lambda: None)
-    job.grow(creator, [OPTIONS], [1], PARAMETERS)
+    job.bringing.grow(creator, [OPTIONS], [1], PARAMETERS)
     job.leave(creator)
     with pytest.raises(OutOfOrderError):
-        job.grown(creator)
+        job.bringing.grown(creator)
     assert job.phase is JobPhase.CREATING
 
 
@@ -144,7 +146,7 @@ def test_a_reader_whose_line_goes_down_does_not_wait_on() -> None:
     """Its thread is free for others, however long the step takes."""
     pair = Pair()
     job = pair.job
-    job.grow(pair.members[0], [OPTIONS], [1], PARAMETERS)
+    job.bringing.grow(pair.members[0], [OPTIONS], [1], PARAMETERS)
     holds: list[Any] = []
     ended = threading.Event()
 

@@ -55,12 +55,12 @@ class Team:
         self.members: dict[int, Member] = {}
         self.rounds: dict[int, Round] = {}
         self.join(0, creates=True)
-        buckets = self.job.grow(
+        buckets = self.job.bringing.grow(
             self.members[0], [OPTIONS], [1], [Parameter("table", torch.float32, (2 * ELEMENTS,), (0,))]
         )
         for bucket in buckets:
             self.job.store.write_values(bucket, torch.zeros(ELEMENTS))
-        self.job.grown(self.members[0])
+        self.job.bringing.grown(self.members[0])
         for rank in range(1, workers):
             self.join(rank)
 
@@ -243,17 +243,17 @@ def test_a_group_whose_worker_is_lost_in_its_upload_is_taken_back() -> None:
     """The job is as it was, and the same group can be added again."""
     team = Team(1)
     parameters = [Parameter("", torch.float32, (100,), (0,))]
-    assert not team.job.await_growth(team.members[0], 1, parameters)
-    team.job.grow(team.members[0], [OPTIONS], [1], parameters)
+    assert not team.job.bringing.await_growth(team.members[0], 1, parameters)
+    team.job.bringing.grow(team.members[0], [OPTIONS], [1], parameters)
     assert len(team.job.store.buckets) == 3
     team.leave(0)
     assert (len(team.job.groups), team.job.group_sizes) == (1, [1])
     assert (len(team.job.store.parameters), len(team.job.store.buckets)) == (1, 2)
     team.join(0)
-    assert not team.job.await_growth(team.members[0], 1, parameters)
-    (bucket,) = team.job.grow(team.members[0], [OPTIONS], [1], parameters)
+    assert not team.job.bringing.await_growth(team.members[0], 1, parameters)
+    (bucket,) = team.job.bringing.grow(team.members[0], [OPTIONS], [1], parameters)
     team.job.store.write_values(bucket, torch.ones(100))
-    team.job.grown(team.members[0])
+    team.job.bringing.grown(team.members[0])
     assert bucket.bucket_id == 2
 
 
@@ -262,7 +262,7 @@ def test_a_worker_that_began_and_left_without_a_gradient_leaves_no_open_step() -
     team = Team(2)
     team.begin(1)
     team.leave(1)
-    assert team.job.begin_load(team.members[0], digest=b"d", load_count=1, force=False)
+    assert team.job.bringing.begin_load(team.members[0], digest=b"d", load_count=1, force=False)
     team.leave(0)
 
 

@@ -128,16 +128,23 @@ class Adam(_AdamRule, TorchAdam):
     hyperparameters in place. Blocks until the job is open.
 
     Args:
-        params: As torch's: parameters, named parameters, or param groups. Dense; float64, float32, bfloat16, float16,
-            complex64 or complex128.
-        lr: Learning rate. betas: Decay rates of the two moments. eps: Added to the denominator. weight_decay: L2
-        penalty. amsgrad: Whether to use AMSGrad. foreach: torch's multi-tensor kernel on the server. maximize:
-        Whether to maximize. capturable: As torch's; needs a server with a CUDA device. differentiable: Refused.
+        params: As torch's: parameters, named parameters, or param groups. Those that are stepped are float64, float32,
+            bfloat16, float16, complex64 or complex128.
+        lr: Learning rate, a number or a one-element tensor.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty.
+        amsgrad: Whether to use AMSGrad.
+        foreach: torch's multi-tensor kernel on the server.
+        maximize: Whether to maximize.
+        capturable: As torch's; needs a server with a CUDA device.
+        differentiable: Whether autograd goes through steps: they are made in this process then. One worker only.
         fused: torch's fused kernel on the server. With `foreach` and `fused` None it is taken wherever torch has it.
-        decoupled_weight_decay: Whether weight decay is AdamW's. server: "host:port" or "unix:///path". None:
-        `$OPTIMD_SERVER`, else a server that this process starts for itself. job: The name that the workers of one
-        training job share. None: `$OPTIMD_JOB`, else torchrun's run id, else a job
-            of this process's own, which ends with it.
+        decoupled_weight_decay: Whether weight decay is AdamW's.
+        server: "host:port" or "unix:///path". None: `$OPTIMD_SERVER`, else a server that this process starts for
+            itself.
+        job: The name that the workers of one training job share. None: `$OPTIMD_JOB`, else torchrun's run id, else a
+            job of this process's own, which ends with it.
         options: Everything else.
 
     Raises:

@@ -1,9 +1,8 @@
 """What a fork does to a process that has a job open.
 
 gRPC's threads do not survive a fork, its sockets do. A child must neither use the parent's streams nor shut them down
-while
-it cleans up after itself. So in a child every connection is marked as foreign, and its gRPC objects are kept for ever:
-what is never destroyed sends nothing on a socket that the parent still uses.
+while it cleans up after itself. So in a child every connection is marked as foreign, and its gRPC objects are kept for
+ever: what is never destroyed sends nothing on a socket that the parent still uses.
 """
 
 from __future__ import annotations

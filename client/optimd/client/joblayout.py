@@ -23,8 +23,7 @@ class JobLayout:
 
         Raises:
             ValueError: the table does not cover the new parameters, each in order and once. Following it would write
-            past
-                a tensor.
+                past a tensor.
         """
         buckets = [decode_bucket(spec) for spec in table]
         first = len(self.buckets)

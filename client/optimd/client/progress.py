@@ -20,7 +20,7 @@ class Progress:
     Transfers under 64 MiB show nothing.
 
     Args:
-        what: What is done: "uploading", "receiving".
+        what: What is done: "uploading parameters".
         total: Bytes in all.
     """
 
@@ -50,6 +50,6 @@ class Progress:
 
     def _line(self) -> str:
         return (
-            f"{self._what} parameters: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB "
+            f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB "
             f"({100 * self._done // self._total} %)"
         )

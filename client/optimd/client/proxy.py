@@ -178,7 +178,8 @@ class OptimizerProxy(RemoteOptimizer):
         """Hands the gradients to the server, which adds them up for the next step; they are None afterwards.
 
         For micro-batches: call it after each backward, so that no gradient has to be kept meanwhile. `step` adds what
-        gradients there are then. Returns when the server holds the sum.
+        gradients there are then. Returns when the server holds the sum. A `GradScaler` looks for infinite gradients in
+        the worker only: it does not see those that were handed over (`ProxyOptions(nonfinite="skip")` does).
 
         Raises:
             RuntimeError: a gradient is sparse, or this is a server step hook.

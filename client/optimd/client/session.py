@@ -237,9 +237,9 @@ class Session:
         _finish_on_devices(tensors)
         total = sum(bucket.nbytes for bucket in new_buckets)
         if adopted is None:
-            stream.send(self._values(new_buckets, at, Progress("uploading", total)))
+            stream.send(self._values(new_buckets, at, Progress("uploading parameters", total)))
         else:
-            self._receive_values(len(new_buckets), at, Progress("receiving", total))
+            self._receive_values(len(new_buckets), at, Progress("receiving parameters", total))
         _, message, _ = stream.expect("ready")
         self.job_step = message.ready.job_step
         self.next_sequence = message.ready.next_sequence

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 
 from optimd.server.aggregation import Decision, SyncAggregator
+from optimd.server.bringing import Bringing
 from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
 from optimd.server.errors import (
     AccumulationLostError,
     InvalidFieldError,
-    JobMismatchError,
     LimitExceededError,
-    LoadNeedsForceError,
     OutOfOrderError,
     RequestError,
     ShuttingDownError,
@@ -57,15 +56,6 @@ class Standing:
     """How often the parameters have been replaced."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdoptedGroups:
-    """Groups of a job as a worker that has not brought them receives them."""
-
-    groups: list[dict[str, Any]]
-    sizes: list[int]
-    parameters: list[Parameter]
-
-
 class Job:
     """One optimizer: parameters, param_groups, state and workers.
 
@@ -90,6 +80,16 @@ class Job:
         self._company = Company(name, settings, self._aggregator, self._changed)
         self._stepper = self._new_stepper()
         self._readers = Readers(self._changed)
+        self.bringing = Bringing(
+            self._changed,
+            self._company,
+            self._content,
+            self._aggregator,
+            self._readers,
+            check_room=self._check_room_locked,
+            on_replaced=self._renew_stepper_locked,
+        )
+        """What workers bring to it besides pushes."""
         self.buffers = JobBuffers(
             self._changed,
             lambda member, condition, waiting_for: self._company.wait(
@@ -217,7 +217,7 @@ class Job:
         """A worker's stream has ended, in good order or not. Waits for readers; may be called more than once."""
         with self._changed:
             member.alive = False
-            self._take_back_locked(member)
+            self.bringing.take_back_locked(member)
             if self._company.members.get(member.worker) is member:
                 self._readers.wait()
             # Again: readers are waited for without the lock, and a worker's end is heard of in two threads.
@@ -248,161 +248,6 @@ class Job:
             self._company.phase = JobPhase.DELETED
             self._changed.notify_all()
         self.history.end()
-
-    # --- its parameters
-
-    def grow(
-        self,
-        member: Member,
-        groups: Sequence[dict[str, Any]],
-        sizes: Sequence[int],
-        parameters: Sequence[Parameter],
-    ) -> list[Bucket]:
-        """Adds param groups with their parameters. The values are undefined until the worker has written them.
-
-        Until `grown` is called nobody is let in, begins a push or reads; if the worker leaves before that, what it
-        added is taken back. Does not wait.
-
-        Returns:
-            The new buckets.
-
-        Raises:
-            OutOfOrderError: a step is open.
-            UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
-        """
-        self._content.check_place_of_steps(groups)
-        with self._changed:
-            if self._aggregator.is_open:
-                raise OutOfOrderError("a param group cannot be added while a step is open")
-            self._company.bringing = member
-            buckets = self._content.grow(groups, sizes, parameters)
-            member.groups += [dict(group) for group in groups]
-            return buckets
-
-    def await_replacement(
-        self, member: Member, *, layout_count: int, sizes: Sequence[int], parameters: Sequence[Parameter]
-    ) -> bool:
-        """Whether another worker has already replaced the parameters by these.
-
-        Waits until all workers have joined, and while one is bringing something.
-
-        Raises:
-            JobMismatchError: the other worker brought other ones, has begun a step without, or this one has missed one.
-            OutOfOrderError: the worker's line is down.
-            StepTimeoutError: it waited longer than `join_timeout_s`.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.await_quiet(member)
-            if self._content.has_replacement(member.worker.rank, layout_count, sizes, parameters):
-                member.ready = False
-                member.held.forget()
-                return True
-            if self._aggregator.is_open:
-                raise JobMismatchError(
-                    "another worker has begun the next step with the parameters as they were: every worker replaces "
-                    "them by equal ones between the same two steps"
-                )
-            self._company.bringing = member
-            return False
-
-    def replace(
-        self,
-        groups: Sequence[dict[str, Any]],
-        sizes: Sequence[int],
-        parameters: Sequence[Parameter],
-        carried: Sequence[tuple[int, int]],
-    ) -> Store:
-        """Takes memory for parameters that replace the job's. The job's stay in force until `grown` is called.
-
-        To be called once `await_replacement` has said that nobody else has brought them.
-
-        Args:
-            groups: All param_groups.
-            sizes: How many parameters each has.
-            parameters: All parameters.
-            carried: Which of them keep the state of which of the job's: pairs of indices.
-
-        Returns:
-            The store whose values the worker has to write.
-
-        Raises:
-            InvalidFieldError: a carried state is of no parameter, or is carried twice.
-            JobMismatchError: a carried state is of a parameter of another kind.
-            LimitExceededError: both together would take too much.
-            UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
-        """
-        self._content.check_place_of_steps(groups)
-        with self._changed:
-            self._check_room_locked(sum(parameter.nbytes for parameter in parameters), "the new parameters")
-            return self._content.replace(groups, sizes, parameters, carried)
-
-    def grown(self, member: Member) -> None:
-        """The values that a worker brought are in place. Waits for readers.
-
-        Raises:
-            OutOfOrderError: the worker's line is down, and what it brought was taken back.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._readers.wait()
-            self._company.check_alive(member)
-            if self._company.bringing is not member:
-                raise OutOfOrderError("the worker has left the job")
-            self._company.bringing = None
-            if self._content.settle():
-                self._stepper = self._new_stepper()
-                for other in self._company.members.values():
-                    other.groups = [dict(group) for group in self.groups]
-                    other.unchecked = True
-                    other.held.forget()
-            if self.phase is JobPhase.CREATING:
-                self._company.phase = JobPhase.READY
-            self._changed.notify_all()
-
-    def give_up(self, member: Member) -> None:
-        """A worker does not go on with what it was bringing."""
-        with self._changed:
-            self._take_back_locked(member)
-
-    def await_growth(self, member: Member, group: int, parameters: Sequence[Parameter]) -> bool:
-        """Whether another worker has already added the group of index `group`.
-
-        Waits until all workers have joined, so that all of them see the job without the group first, and while one is
-        adding its own or is in the middle of something.
-
-        Raises:
-            OutOfOrderError: it is not the worker's next group, or the worker's line is down.
-            JobMismatchError: the other worker's group has other parameters, or has begun a step without.
-            StepTimeoutError: it waited longer than `join_timeout_s`.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.await_quiet(member)
-            if group != len(member.groups):
-                raise OutOfOrderError(f"group {group} cannot follow the worker's {len(member.groups)} groups")
-            if self._content.has_group(member.worker.rank, group, parameters):
-                member.ready = False
-                return True
-            if self._aggregator.is_open:
-                raise JobMismatchError(
-                    "another worker has begun the next step without the group: every worker adds it between the same "
-                    "two steps"
-                )
-            self._company.bringing = member
-            return False
-
-    def adopt(self, member: Member, first: int, count: int | None = None) -> AdoptedGroups:
-        """Gives a worker `count` of the job's groups, or all, from index `first` on."""
-        with self._changed:
-            end = None if count is None else first + count
-            member.groups[first:end] = [dict(group) for group in self.groups[first:end]]
-            member.unchecked = True
-            return AdoptedGroups(
-                groups=[dict(group) for group in self.groups[first:end]],
-                sizes=list(self.group_sizes[first:end]),
-                parameters=[parameter for _, parameter in self._content.parameters_of(first, count)],
-            )
 
     @property
     def full_bytes(self) -> int:
@@ -489,16 +334,6 @@ class Job:
                 raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
             member.groups[group] = options
             member.speaks = member.unchecked = True
-
-    def reserve(self, member: Member, nbytes: int) -> None:
-        """A worker is about to bring values or state of so many bytes, which count until its exchange is over.
-
-        Raises:
-            LimitExceededError: the job would take too much.
-        """
-        with self._changed:
-            self._check_room_locked(nbytes, "what the worker brings")
-            member.reserved_bytes += nbytes
 
     def retract(self, member: Member) -> None:
         """A worker takes back a push of which it has brought no gradient yet."""
@@ -688,71 +523,7 @@ class Job:
         with self._changed:
             self._readers.leave(hold)
 
-    def begin_load(self, member: Member, *, digest: bytes, load_count: int, force: bool) -> bool:
-        """A worker brings a state_dict. Waits until all workers have joined, and while another one loads.
-
-        Where its content is needed, no other worker may begin a push or bring anything until `finish_load`.
-
-        Returns:
-            Whether its content is needed: False where another worker has loaded the same.
-
-        Raises:
-            JobMismatchError: another worker has loaded a different one, or has begun a step without it.
-            LoadNeedsForceError: it would replace the state of a job with steps and other workers.
-            StepTimeoutError: it waited longer than `join_timeout_s`.
-            OutOfOrderError: the worker's line is down.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.await_quiet(member)
-            if self._content.has_load(member.worker.rank, load_count, digest):
-                return False
-            if self._aggregator.is_open:
-                raise JobMismatchError(
-                    "another worker has begun the next step without loading: every worker loads an equal state_dict "
-                    "between the same two steps"
-                )
-            if self.step and self.worker_count > 1 and not force:
-                raise LoadNeedsForceError(
-                    f"job {self.name!r} has {self.step} steps behind it and {self.worker_count - 1} other workers; "
-                    "load_state_dict(..., force=True) replaces its state for all of them"
-                )
-            self._company.bringing = member
-            return True
-
-    def finish_load(
-        self,
-        member: Member,
-        staged: StagedState,
-        groups: list[dict[str, Any]],
-        *,
-        digest: bytes,
-    ) -> int:
-        """Puts the state that a worker brought in force. Waits for readers.
-
-        Returns:
-            How often a state_dict has been loaded, this one included.
-
-        Raises:
-            UpdateRefusedError: the groups' options need the step to be made in the worker, and there may be several.
-            OutOfOrderError: the worker's line is down.
-            JobDeletedError: the job went away.
-        """
-        self._content.check_place_of_steps(groups)
-        with self._changed:
-            self._readers.wait()
-            self._company.check_alive(member)
-            self._content.load(staged, groups, digest)
-            for other in self._company.members.values():
-                other.groups = [dict(group) for group in groups]
-                other.unchecked = True
-            member.reserved_bytes = 0
-            self._company.bringing = None
-            self._changed.notify_all()
-            return self._content.load_count
-
     # --- all below with self._changed held
-
     def _contribute_locked(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         step = self.step
         decisions = self._aggregator.push(member.worker, bucket.bucket_id)
@@ -764,6 +535,9 @@ class Job:
             raise
         if decisions:
             self._changed.notify_all()
+
+    def _renew_stepper_locked(self) -> None:
+        self._stepper = self._new_stepper()
 
     def _new_stepper(self) -> Stepper:
         return Stepper(
@@ -808,14 +582,6 @@ class Job:
                 self._content.groups = round_.groups
             self._aggregator.forget_step(round_.skipped.step)
             self._company.answer(round_.skipped.pushes)
-
-    def _take_back_locked(self, member: Member) -> None:
-        """A worker does not go on with what it was bringing, if anything: what it has added goes with it."""
-        if self._company.bringing is member:
-            self._company.bringing = None
-            member.reserved_bytes = 0
-            self._content.take_back()
-            self._changed.notify_all()
 
     def _check_options_locked(self, member: Member, *, steppable: bool) -> None:
         """Checks a worker's options, if they have changed. Those that have to be no ones to step with do not count."""

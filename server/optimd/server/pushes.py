@@ -196,7 +196,7 @@ def _receive_pushed(incoming: Incoming, job: Job, member: Member, round_: Round,
                 if entry.state.parameter != entry.parameter:
                     raise InvalidFieldError("PushedEntry.state.parameter", "is another than the entry's")
                 states += read_entries(job.store, [entry.state], seen=stated)
-    job.reserve(member, staged_bytes(job.store, states, valued))
+    job.bringing.reserve(member, staged_bytes(job.store, states, valued))
     staged = job.store.stage(states, values=valued)
     receive_staged(incoming, job.store, staged)
     job.bring(member, round_, staged)

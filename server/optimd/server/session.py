@@ -8,10 +8,11 @@ from typing import Any
 
 from optimd.server import update
 from optimd.server.answers import DECLINED, decode_options, refusal, values
+from optimd.server.bringing import AdoptedGroups
 from optimd.server.bufferexchange import attach_buffers, push_buffers
 from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError
 from optimd.server.incoming import Incoming, read_bucket
-from optimd.server.job import AdoptedGroups, Job
+from optimd.server.job import Job
 from optimd.server.membership import Member
 from optimd.server.opening import read_layout, read_opening
 from optimd.server.pushes import serve_accumulate, serve_discard, serve_step
@@ -138,7 +139,7 @@ class TrainSession:
             job.step,
         )
         if creates:
-            buckets = job.grow(member, layout.groups, layout.sizes, layout.parameters)
+            buckets = job.bringing.grow(member, layout.groups, layout.sizes, layout.parameters)
         else:
             buckets = list(job.store.buckets)
         yield from self._exchange_values(job, member, buckets, creates=creates, resumed=resumed, first_group=0)
@@ -150,16 +151,16 @@ class TrainSession:
             layout = read_layout(pages, max_bytes=job.bytes_left, first_group=message.group)
             if len(layout.groups) != 1:
                 raise InvalidFieldError("LayoutPage.groups", "an added layout has exactly one group")
-            known = job.await_growth(member, message.group, layout.parameters)
+            known = job.bringing.await_growth(member, message.group, layout.parameters)
             buckets = (
                 [bucket for bucket in job.store.buckets if bucket.group == message.group]
                 if known
-                else job.grow(member, layout.groups, layout.sizes, layout.parameters)
+                else job.bringing.grow(member, layout.groups, layout.sizes, layout.parameters)
             )
         except DECLINED as error:
             for _ in pages:
                 pass
-            job.give_up(member)
+            job.bringing.give_up(member)
             yield refusal(error)
             return
         yield from self._exchange_values(
@@ -170,14 +171,18 @@ class TrainSession:
         pages = self._incoming.layout_pages()
         try:
             layout = read_layout(pages, max_bytes=self._registry.max_job_bytes - job.buffers_bytes)
-            known = job.await_replacement(
+            known = job.bringing.await_replacement(
                 member, layout_count=message.layout_count, sizes=layout.sizes, parameters=layout.parameters
             )
-            store = job.store if known else job.replace(layout.groups, layout.sizes, layout.parameters, layout.carried)
+            store = (
+                job.store
+                if known
+                else job.bringing.replace(layout.groups, layout.sizes, layout.parameters, layout.carried)
+            )
         except DECLINED as error:
             for _ in pages:
                 pass
-            job.give_up(member)
+            job.bringing.give_up(member)
             yield refusal(error)
             return
         yield from self._exchange_values(job, member, store.buckets, store=store, creates=not known, resumed=False)
@@ -222,9 +227,9 @@ class TrainSession:
             yield encode(training_pb2.TrainResponse(bucket_table=table))
         if creates:
             self._receive_values(store or job.store, buckets)
-            job.grown(member)
+            job.bringing.grown(member)
         else:
-            for layout in _layout_pages(job.adopt(member, first_group, group_count), first_group):
+            for layout in _layout_pages(job.bringing.adopt(member, first_group, group_count), first_group):
                 yield encode(training_pb2.TrainResponse(layout=layout))
             for bucket in buckets:
                 yield values(job, bucket, [True] * len(bucket.slices))
@@ -261,16 +266,18 @@ class TrainSession:
 
     def _load_state(self, job: Job, member: Member, message: training_pb2.LoadState) -> Iterator[bytes]:
         try:
-            needed = job.begin_load(member, digest=message.digest, load_count=message.load_count, force=message.force)
+            needed = job.bringing.begin_load(
+                member, digest=message.digest, load_count=message.load_count, force=message.force
+            )
             yield encode(
                 training_pb2.TrainResponse(load_state_accepted=training_pb2.LoadStateAccepted(send_state=needed))
             )
             load_count = message.load_count
             if needed:
                 groups, staged = self._receive_state(job, member)
-                load_count = job.finish_load(member, staged, groups, digest=message.digest)
+                load_count = job.bringing.finish_load(member, staged, groups, digest=message.digest)
         except DECLINED as error:
-            job.give_up(member)
+            job.bringing.give_up(member)
             yield refusal(error)
             return
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
@@ -289,7 +296,7 @@ class TrainSession:
                 "StateDictPage.param_groups", f"there are {len(groups)}, the job has {len(job.groups)}"
             )
         try:
-            job.reserve(member, staged_bytes(job.store, entries))
+            job.bringing.reserve(member, staged_bytes(job.store, entries))
         except LimitExceededError:
             while self._incoming.expect("bucket", "load_state_end")[0] != "load_state_end":
                 pass

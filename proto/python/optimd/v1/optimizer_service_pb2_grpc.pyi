@@ -65,7 +65,12 @@ class OptimizerServiceStub:
 
     A stream that ends in the middle of a push: in atomic mode the push's buckets count as those of a partial
     contributor if other workers complete the step, else they are discarded; in streaming mode with one worker the
-    step is closed as it stands.
+    step is closed as it stands. What it pushed besides gradients is discarded unless something of the step has been
+    applied. What was held of its accumulated gradients is gone, and what it was bringing (a group, a layout, a
+    state_dict, buffers) is taken back.
+
+    What a worker can answer is `refused` on a stream that goes on; it says which reasons. All other errors end the
+    stream.
 
     Errors:
     - INVALID_ARGUMENT (INVALID_FIELD): a payload of the wrong length, an unknown bucket, a bucket sent twice, a
@@ -75,6 +80,7 @@ class OptimizerServiceStub:
     - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
     - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many workers, jobs or bytes. Answered at once, never by waiting.
     - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
+    - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
     - ABORTED (JOB_DELETED): an operator deleted the job.
     - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
     """
@@ -144,7 +150,12 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
 
     A stream that ends in the middle of a push: in atomic mode the push's buckets count as those of a partial
     contributor if other workers complete the step, else they are discarded; in streaming mode with one worker the
-    step is closed as it stands.
+    step is closed as it stands. What it pushed besides gradients is discarded unless something of the step has been
+    applied. What was held of its accumulated gradients is gone, and what it was bringing (a group, a layout, a
+    state_dict, buffers) is taken back.
+
+    What a worker can answer is `refused` on a stream that goes on; it says which reasons. All other errors end the
+    stream.
 
     Errors:
     - INVALID_ARGUMENT (INVALID_FIELD): a payload of the wrong length, an unknown bucket, a bucket sent twice, a
@@ -154,6 +165,7 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
     - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many workers, jobs or bytes. Answered at once, never by waiting.
     - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
+    - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
     - ABORTED (JOB_DELETED): an operator deleted the job.
     - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
     """
@@ -232,7 +244,12 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A stream that ends in the middle of a push: in atomic mode the push's buckets count as those of a partial
         contributor if other workers complete the step, else they are discarded; in streaming mode with one worker the
-        step is closed as it stands.
+        step is closed as it stands. What it pushed besides gradients is discarded unless something of the step has been
+        applied. What was held of its accumulated gradients is gone, and what it was bringing (a group, a layout, a
+        state_dict, buffers) is taken back.
+
+        What a worker can answer is `refused` on a stream that goes on; it says which reasons. All other errors end the
+        stream.
 
         Errors:
         - INVALID_ARGUMENT (INVALID_FIELD): a payload of the wrong length, an unknown bucket, a bucket sent twice, a
@@ -242,6 +259,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
         - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many workers, jobs or bytes. Answered at once, never by waiting.
         - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
+        - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
         - ABORTED (JOB_DELETED): an operator deleted the job.
         - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
         """
