@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, ConnectionLostError, ProxyOptions, pushes
+from optimd.client import Adam, ConnectionLostError, ProxyOptions, statetransfer
 from optimd.client.parameters import FlatReader
-from optimd.client.statetransfer import bucket_message
 from optimd.server import Server
 from optimd.wire.layout import Bucket
 from tests.support import eventually, server_process
@@ -78,10 +77,10 @@ def test_a_worker_killed_in_the_middle_of_its_push_is_a_partial_contributor(
         f"""
         import torch
         from optimd.client import Adam, ProxyOptions
-        from optimd.client import pushes
+        from optimd.client import statetransfer
 
         # One bucket goes out, then the push stops where a slow worker's would.
-        original = pushes.bucket_message
+        original = statetransfer.bucket_message
         sent = []
 
         def stalling(kind, bucket, present, reader):
@@ -92,7 +91,7 @@ def test_a_worker_killed_in_the_middle_of_its_push_is_a_partial_contributor(
                 sent.append(bucket)
             return original(kind, bucket, present, reader)
 
-        pushes.bucket_message = stalling
+        statetransfer.bucket_message = stalling
         p = torch.nn.Parameter(torch.zeros(512))
         options = ProxyOptions(rank=1, world_size=2, bucket_bytes=1024, apply="{apply}")
         optimizer = Adam([p], lr=1.0, server="{server.address}", job="partial", options=options)
@@ -130,8 +129,8 @@ def test_a_lone_streaming_worker_killed_in_mid_push_leaves_a_job_that_can_be_res
         f"""
         import torch
         from optimd.client import Adam, ProxyOptions
-        from optimd.client import pushes
-        original = pushes.bucket_message
+        from optimd.client import statetransfer
+        original = statetransfer.bucket_message
         sent = []
 
         def stalling(kind, bucket, present, reader):
@@ -141,7 +140,7 @@ def test_a_lone_streaming_worker_killed_in_mid_push_leaves_a_job_that_can_be_res
                 sent.append(bucket)
             return original(kind, bucket, present, reader)
 
-        pushes.bucket_message = stalling
+        statetransfer.bucket_message = stalling
         p = torch.nn.Parameter(torch.zeros(512))
         options = ProxyOptions(bucket_bytes=1024)
         optimizer = Adam([("table", p)], lr=1.0, server="{server.address}", job="torn", options=options)
@@ -205,7 +204,7 @@ def test_a_killed_server_ends_a_step_that_waits_for_it_at_once(monkeypatch: pyte
         optimizer = Adam([p], server=address)
         p.grad = torch.ones(2_000_000)
         optimizer.step()
-        original, sent = bucket_message, list[int]()
+        original, sent = statetransfer.bucket_message, list[int]()
 
         def killing(kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader) -> bytes:
             sent.append(bucket.bucket_id)
@@ -214,7 +213,7 @@ def test_a_killed_server_ends_a_step_that_waits_for_it_at_once(monkeypatch: pyte
                 process.wait(10)
             return original(kind, bucket, present, reader)
 
-        monkeypatch.setattr(pushes, "bucket_message", killing)
+        monkeypatch.setattr(statetransfer, "bucket_message", killing)
         with pytest.raises(ConnectionLostError, match=address):
             optimizer.step()
         assert process.wait(10) == -signal.SIGKILL

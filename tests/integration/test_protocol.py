@@ -15,6 +15,7 @@ from optimd.client import Adam
 from optimd.server import Server
 from optimd.v1 import errors_pb2, job_pb2, param_group_pb2, reading_pb2, state_dict_pb2, tensor_pb2, training_pb2
 from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+from optimd.wire.reasons import STATUS_OF_REASON
 
 Request = training_pb2.TrainRequest
 
@@ -59,6 +60,13 @@ class PlainWorker:
         detail = errors_pb2.ErrorDetail.FromString(trailers["optimd-error-bin"])
         assert detail.message == error.details()
         return error.code(), detail
+
+    def fails_with(self, reason: str, text: str) -> None:
+        """Asserts that the stream ends with this reason, its status, and a message that has `text` in it."""
+        status, detail = self.fails()
+        assert detail.reason == errors_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), detail
+        assert text in detail.message
+        assert status.name == STATUS_OF_REASON[reason]
 
     def open_job(self, **changes: Any) -> training_pb2.TrainRequest:
         message = job_pb2.OpenJob(
@@ -293,16 +301,11 @@ def test_a_wrong_message_gets_a_clean_answer_and_disturbs_nobody(
     text: str,
 ) -> None:
     """Reason, field and text; the job can be opened again, and the other job trains on."""
-    from optimd.wire.reasons import STATUS_OF_REASON
-
     with PlainWorker(server).opened() as worker:
         worker.send(*requests)
         if "stream ended" in text:
             worker._requests.put(None)
-        status, detail = worker.fails()
-        assert detail.reason == errors_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), detail
-        assert text in detail.message
-        assert status.name == STATUS_OF_REASON[reason]
+        worker.fails_with(reason, text)
     bystander()
     with PlainWorker(server) as again:
         again.send(again.open_job(), again.layout())

@@ -10,7 +10,6 @@ import torch
 
 from optimd.server import Server
 from optimd.v1 import errors_pb2, tensor_pb2, training_pb2
-from optimd.wire.reasons import STATUS_OF_REASON
 from tests.integration.test_protocol import PlainWorker, begin, end, gradient, leave
 from tests.integration.test_protocol import bystander as bystander  # noqa: PLC0414  # a fixture
 from tests.support import eventually, running_server
@@ -131,10 +130,7 @@ def test_wrong_buffers_get_a_clean_answer_and_disturb_nobody(
     """Reason, field and text; nothing is held of what was not complete; the job can be opened again."""
     with PlainWorker(server).opened() as worker:
         worker.send(*requests)
-        status, detail = worker.fails()
-        assert detail.reason == errors_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), detail
-        assert text in detail.message
-        assert status.name == STATUS_OF_REASON[reason]
+        worker.fails_with(reason, text)
     bystander()
     complete = requests[: len(ANNOUNCED) + 2] == [*ANNOUNCED, *whole()]
     with PlainWorker(server) as again:

@@ -12,7 +12,6 @@ from torch import nn
 
 from optimd.server import Server
 from optimd.v1 import errors_pb2, job_pb2, param_group_pb2, reading_pb2, state_dict_pb2, tensor_pb2, training_pb2
-from optimd.wire.reasons import STATUS_OF_REASON
 from tests.integration.test_protocol import PlainWorker, begin, end, gradient, values
 from tests.integration.test_protocol import bystander as bystander  # noqa: PLC0414  # a fixture
 from tests.support import eventually, in_threads
@@ -145,10 +144,7 @@ def gets_a_clean_answer(
 ) -> None:
     with PlainWorker(server).opened() as worker:
         worker.send(*requests)
-        status, detail = worker.fails()
-        assert detail.reason == errors_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}"), detail
-        assert text in detail.message
-        assert status.name == STATUS_OF_REASON[reason]
+        worker.fails_with(reason, text)
     bystander()
     goes_on_as_if_nothing_had_been(server)
 

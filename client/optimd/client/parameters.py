@@ -130,15 +130,11 @@ class FlatReader:
     """Reads slices of tensors as bytes. Consecutive slices of one tensor flatten it once.
 
     Args:
-        tensors: By parameter index, all of one kind; those that are read are not None.
+        tensors: By parameter index, all of one kind.
         parameters: The job's, by index.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor | None] | Mapping[int, torch.Tensor],
-        parameters: Sequence[Parameter],
-    ) -> None:
+    def __init__(self, tensors: Mapping[int, torch.Tensor], parameters: Sequence[Parameter]) -> None:
         self._tensors = tensors
         self._parameters = parameters
         self._index = -1
@@ -158,8 +154,6 @@ class FlatReader:
     def _whole(self, index: int, dtype: torch.dtype) -> memoryview:
         if index != self._index:
             tensor = self._tensors[index]
-            if tensor is None:
-                raise RuntimeError(f"parameter {index} has nothing to be read")
             _check_memory(index, tensor)
             plain = tensor.detach().resolve_conj().resolve_neg().to(dtype)
             flat = flatten(plain, self._parameters[index].memory_order).cpu().contiguous()

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from optimd.client.joblayout import JobLayout
-from optimd.client.parameters import FlatReader
-from optimd.client.statetransfer import RemoteEntry, bucket_message
+from optimd.client.statetransfer import RemoteEntry, state_buckets, state_header, tensor_buckets
 from optimd.v1 import param_group_pb2, state_dict_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import GRADIENT, PARAMETER, encode_kind
+from optimd.wire.kinds import GRADIENT, PARAMETER
 from optimd.wire.paging import paginate
 
 
@@ -49,15 +48,8 @@ def push_messages(
         yield encode(training_pb2.TrainRequest(param_groups=message))
     for entries in pushed_pages:
         yield encode(training_pb2.TrainRequest(pushed=state_dict_pb2.PushedPage(entries=entries)))
-    tensors = {PARAMETER: push.values}
-    for name in sorted({name for entry in push.states.values() for name in entry.tensors}):
-        tensors[name] = {index: entry.tensors[name] for index, entry in push.states.items() if name in entry.tensors}
-    for kind, by_index in tensors.items():
-        reader = FlatReader(by_index, layout.parameters)
-        for bucket in layout.buckets:
-            present = [piece.parameter in by_index for piece in bucket.slices]
-            if any(present):
-                yield bucket_message(kind, bucket, present, reader)
+    yield from tensor_buckets(layout, PARAMETER, push.values)
+    yield from state_buckets(layout, push.states)
     count = 0
     for message_bytes in gradient_messages(layout, () if push.skipped else push.grads):
         yield message_bytes
@@ -79,29 +71,17 @@ def accumulation_messages(
 
 def gradient_messages(layout: JobLayout, grads: Sequence[torch.Tensor | None]) -> Iterator[bytes]:
     """The buckets that have any gradient. Without any gradients, there are none."""
-    if not grads:
-        return
-    reader = FlatReader(grads, layout.parameters)
-    for bucket in layout.buckets:
-        present = [grads[piece.parameter] is not None for piece in bucket.slices]
-        if any(present):
-            yield bucket_message(GRADIENT, bucket, present, reader)
+    return tensor_buckets(layout, GRADIENT, {index: grad for index, grad in enumerate(grads) if grad is not None})
 
 
 def pushed_entries(push: Push) -> list[list[state_dict_pb2.PushedEntry]]:
     """What announces a push's values and states, in pages; without any, none."""
     entries = [
         state_dict_pb2.PushedEntry(
-            parameter=index, has_value=index in push.values, state=_state(index, push.states.get(index))
+            parameter=index,
+            has_value=index in push.values,
+            state=state_header(index, push.states[index]) if index in push.states else None,
         )
         for index in sorted(push.values.keys() | push.states.keys())
     ]
     return [page for page, _ in paginate(entries)] if entries else []
-
-
-def _state(index: int, entry: RemoteEntry | None) -> state_dict_pb2.ParameterState | None:
-    if entry is None:
-        return None
-    return state_dict_pb2.ParameterState(
-        parameter=index, step=entry.step, tensors=[encode_kind(name) for name in entry.tensors]
-    )

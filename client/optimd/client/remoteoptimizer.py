@@ -347,10 +347,9 @@ class RemoteOptimizer(Optimizer):
         return sorted(entries)
 
     @contextmanager
-    def _having_state(self, state: dict[Any, Any] | None = None) -> Iterator[None]:
-        """Has `self.state` be a dict of this process for a while, an empty one unless given, for torch's methods."""
-        before = self._state_here
-        self._state_here = defaultdict(dict) if state is None else state
+    def _having_state(self, state: dict[Any, Any]) -> Iterator[None]:
+        """Has `self.state` be a dict of this process for a while, for torch's methods."""
+        before, self._state_here = self._state_here, state
         try:
             yield
         finally:

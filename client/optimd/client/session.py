@@ -118,9 +118,7 @@ class Session:
 
         They may be other numbers than the server's, where the worker holds one in a narrower dtype.
         """
-        self._sent_groups = [
-            _serialised(encode_group(index, self._request.rule, group)) for index, group in enumerate(groups)
-        ]
+        self._sent_groups = [_serialised(message) for message in self._encoded(groups)]
 
     # --- opening and growing
 
@@ -229,8 +227,8 @@ class Session:
             new_buckets = self._layout.grow(agreed, table, count=accepted.bucket_count)
         except ValueError as error:
             raise ProtocolError(f"the server at {self.address} sent a wrong bucket table: {error}") from error
-        for index, group in enumerate(groups if adopted is None else adopted, first_group):
-            self._sent_groups.append(_serialised(encode_group(index, self._request.rule, group)))
+        in_force = groups if adopted is None else adopted
+        self._sent_groups += [_serialised(message) for message in self._encoded(in_force, first_group)]
         self._group_sizes += [len(group["params"]) for group in groups]
         first = len(self._layout.parameters) - len(agreed)
         at = {first + offset: tensor for offset, tensor in enumerate(tensors)}
@@ -362,13 +360,16 @@ class Session:
             self.holds_gradients = False
 
     def _changed_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
-        messages = [encode_group(index, self._request.rule, group) for index, group in enumerate(groups)]
+        messages = self._encoded(groups)
         encoded = [_serialised(message) for message in messages]
         changed = [
             message for message, new, old in zip(messages, encoded, self._sent_groups, strict=True) if new != old
         ]
         self._sent_groups = encoded
         return changed
+
+    def _encoded(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[param_group_pb2.ParamGroup]:
+        return [encode_group(index, self._request.rule, group) for index, group in enumerate(groups, first)]
 
     # --- state
 
@@ -411,7 +412,7 @@ class Session:
             OptimdError: the job cannot take it.
         """
         stream = self._usable()
-        encoded = [encode_group(index, self._request.rule, group) for index, group in enumerate(groups)]
+        encoded = self._encoded(groups)
         # Here, not where it is sent: what cannot be read must not cost the stream.
         digest = hashlib.sha256()
         for part in state_messages(self._layout, encoded, entries):

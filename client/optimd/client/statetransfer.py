@@ -33,6 +33,31 @@ def bucket_message(kind: str, bucket: Bucket, present: Sequence[bool], reader: F
     return encode(training_pb2.TrainRequest(bucket=header), reader.parts(kind, bucket, present))
 
 
+def tensor_buckets(layout: JobLayout, kind: str, tensors: Mapping[int, torch.Tensor]) -> Iterator[bytes]:
+    """The buckets that have any of these tensors, which are of one kind, by parameter index. Without any, none."""
+    if not tensors:
+        return
+    reader = FlatReader(tensors, layout.parameters)
+    for bucket in layout.buckets:
+        present = [piece.parameter in tensors for piece in bucket.slices]
+        if any(present):
+            yield bucket_message(kind, bucket, present, reader)
+
+
+def state_buckets(layout: JobLayout, entries: Mapping[int, RemoteEntry]) -> Iterator[bytes]:
+    """The tensors of parameters' states, kind by kind, in an order that depends on nothing but the content."""
+    for name in sorted({name for entry in entries.values() for name in entry.tensors}):
+        tensors = {index: entry.tensors[name] for index, entry in entries.items() if name in entry.tensors}
+        yield from tensor_buckets(layout, name, tensors)
+
+
+def state_header(index: int, entry: RemoteEntry) -> state_dict_pb2.ParameterState:
+    """What announces the state of a parameter: its step, and which tensors it has."""
+    return state_dict_pb2.ParameterState(
+        parameter=index, step=entry.step, tensors=[encode_kind(name) for name in entry.tensors]
+    )
+
+
 def read_state(
     connection: Connection,
     job: str,
@@ -105,25 +130,12 @@ def state_messages(
     """
     for page, _ in paginate(groups):
         yield _page(state_dict_pb2.StateDictPage(param_groups=page))
-    states = (
-        state_dict_pb2.ParameterState(
-            parameter=index,
-            step=entries[index].step,
-            tensors=[encode_kind(name) for name in entries[index].tensors],
-        )
-        for index in sorted(entries)
-    )
-    for state_page, last in paginate(states):
+    for state_page, last in paginate(state_header(index, entries[index]) for index in sorted(entries)):
         yield _page(state_dict_pb2.StateDictPage(state=state_page, last=last))
     count = 0
-    for name in sorted({name for entry in entries.values() for name in entry.tensors}):
-        tensors = {index: entry.tensors[name] for index, entry in entries.items() if name in entry.tensors}
-        reader = FlatReader(tensors, layout.parameters)
-        for bucket in layout.buckets:
-            present = [piece.parameter in tensors for piece in bucket.slices]
-            if any(present):
-                yield bucket_message(name, bucket, present, reader)
-                count += 1
+    for message in state_buckets(layout, entries):
+        yield message
+        count += 1
     yield encode(training_pb2.TrainRequest(load_state_end=training_pb2.LoadStateEnd(bucket_count=count)))
 
 

@@ -51,8 +51,7 @@ class ParameterTracker:
         """
         self.read_ahead.clear()
         self.cache.settle(tensors, fetch)
-        self._dirty.clear()
-        self._watch.remember(tensors)
+        self.refresh(tensors)
 
     def replace_state(
         self, tensors: Sequence[torch.Tensor], content: Mapping[Any, Any], fetch: Callable[[int], dict[str, Any]]
@@ -80,8 +79,7 @@ class ParameterTracker:
         """The job's parameters were replaced by these, with their values; edits of state are still to be pushed."""
         self.read_ahead.clear()
         self.cache.relocate(tensors, fetch)
-        self._dirty.clear()
-        self._watch.remember(tensors)
+        self.refresh(tensors)
 
     def refresh(self, tensors: Sequence[torch.Tensor]) -> None:
         """The tensors were given the server's values."""

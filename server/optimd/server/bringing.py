@@ -164,8 +164,7 @@ class Bringing:
             if self._content.settle():
                 self._on_replaced()
                 for other in self._company.members.values():
-                    other.groups = [dict(group) for group in self._content.groups]
-                    other.unchecked = True
+                    other.give(self._content.groups)
                     other.held.forget()
             if self._company.phase is JobPhase.CREATING:
                 self._company.phase = JobPhase.READY
@@ -282,8 +281,7 @@ class Bringing:
             self._company.check_alive(member)
             self._content.load(staged, groups, digest)
             for other in self._company.members.values():
-                other.groups = [dict(group) for group in groups]
-                other.unchecked = True
+                other.give(groups)
             member.reserved_bytes = 0
             self._company.bringing = None
             self._changed.notify_all()

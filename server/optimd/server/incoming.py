@@ -62,6 +62,11 @@ class Incoming:
             raise OutOfOrderError(f"{received[0]} came where {wanted} was due")
         return received
 
+    def skip_to(self, end: str, *kinds: str) -> None:
+        """Reads messages of `kinds` away, up to one of kind `end`. Raises what `expect` does."""
+        while self.expect(*kinds, end)[0] != end:
+            pass
+
     def layout_pages(self) -> Iterator[job_pb2.LayoutPage]:
         """The pages of a layout, up to the last. Raises what `expect` does."""
         while True:

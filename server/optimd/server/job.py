@@ -524,6 +524,7 @@ class Job:
             self._readers.leave(hold)
 
     # --- all below with self._changed held
+
     def _contribute_locked(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         step = self.step
         decisions = self._aggregator.push(member.worker, bucket.bucket_id)

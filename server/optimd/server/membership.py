@@ -103,6 +103,16 @@ class Member:
     held: HeldGradients = field(default_factory=HeldGradients)
     """What it has had accumulated."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether its hyperparameters have a say in a step that it contributes to."""
+        return self.speaks and self.steppable
+
+    def give(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The worker has these param_groups from now on, whatever it had. They are copied."""
+        self.groups = [dict(group) for group in groups]
+        self.unchecked = True
+
 
 @dataclass(slots=True)
 class WorkerRecord:
@@ -116,18 +126,14 @@ def speaker(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) 
     """The contributor whose hyperparameters hold for a step: the one of lowest rank that speaks, if any does."""
     for worker in contributors:
         member = members.get(worker)
-        if member is not None and member.speaks and member.steppable:
+        if member is not None and member.counts:
             return member
     return None
 
 
 def disagree(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> bool:
     """Whether contributors that speak have different hyperparameters."""
-    voices = [
-        members[worker].groups
-        for worker in contributors
-        if worker in members and members[worker].speaks and members[worker].steppable
-    ]
+    voices = [members[worker].groups for worker in contributors if worker in members and members[worker].counts]
     # A NaN, which a schedule may well arrive at, is not equal to itself; its text is.
     return any(groups != voices[0] and _text(groups) != _text(voices[0]) for groups in voices[1:])
 

@@ -15,7 +15,6 @@ from optimd.server.errors import (
     InvalidFieldError,
     LimitExceededError,
     NonFiniteGradientError,
-    RequestError,
     UpdateRefusedError,
 )
 from optimd.server.incoming import Incoming, SplitParameters, read_bucket
@@ -53,7 +52,8 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
         )
     except (UpdateRefusedError, AccumulationLostError, LimitExceededError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
-        yield _refused_to_the_end(incoming, error)
+        incoming.skip_to("step_end", "pushed", "bucket")
+        yield refusal(error)
         return
     try:
         yield from _serve_begun(incoming, job, member, begin, round_)
@@ -69,7 +69,8 @@ def _serve_begun(
             _receive_pushed(incoming, job, member, round_, begin.pushed_pages)
         except LimitExceededError as error:
             job.retract(member)
-            yield _refused_to_the_end(incoming, error)
+            incoming.skip_to("step_end", "pushed", "bucket")
+            yield refusal(error)
             return
     sent = 0
 
@@ -98,13 +99,6 @@ def _serve_begun(
     yield receipt(begin.sequence, round_, skipped=begin.skipped, wants_buffers=job.buffers.is_asked(member))
 
 
-def _refused_to_the_end(incoming: Incoming, error: RequestError) -> bytes:
-    """Reads the rest of a push that is not taken, and gives the answer to it."""
-    while incoming.expect("pushed", "bucket", "step_end")[0] != "step_end":
-        pass
-    return refusal(error)
-
-
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:
     """Gradients to be held for the worker's next push.
 
@@ -120,8 +114,7 @@ def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: trai
             layout_count=message.layout_count,
         )
     except LimitExceededError as error:
-        while incoming.expect("bucket", "accumulate_end")[0] != "accumulate_end":
-            pass
+        incoming.skip_to("accumulate_end", "bucket")
         yield refusal(error)
         return
 

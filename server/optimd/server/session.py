@@ -10,7 +10,7 @@ from optimd.server import update
 from optimd.server.answers import DECLINED, decode_options, refusal, values
 from optimd.server.bringing import AdoptedGroups
 from optimd.server.bufferexchange import attach_buffers, push_buffers
-from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError
+from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError, RequestError
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.membership import Member
@@ -158,10 +158,7 @@ class TrainSession:
                 else job.bringing.grow(member, layout.groups, layout.sizes, layout.parameters)
             )
         except DECLINED as error:
-            for _ in pages:
-                pass
-            job.bringing.give_up(member)
-            yield refusal(error)
+            yield _declined(job, member, pages, error)
             return
         yield from self._exchange_values(
             job, member, buckets, creates=not known, resumed=False, first_group=message.group, group_count=1
@@ -180,10 +177,7 @@ class TrainSession:
                 else job.bringing.replace(layout.groups, layout.sizes, layout.parameters, layout.carried)
             )
         except DECLINED as error:
-            for _ in pages:
-                pass
-            job.bringing.give_up(member)
-            yield refusal(error)
+            yield _declined(job, member, pages, error)
             return
         yield from self._exchange_values(job, member, store.buckets, store=store, creates=not known, resumed=False)
 
@@ -298,8 +292,7 @@ class TrainSession:
         try:
             job.bringing.reserve(member, staged_bytes(job.store, entries))
         except LimitExceededError:
-            while self._incoming.expect("bucket", "load_state_end")[0] != "load_state_end":
-                pass
+            self._incoming.skip_to("load_state_end", "bucket")
             raise
         staged = job.store.stage(entries)
         received = receive_staged(self._incoming, job.store, staged)
@@ -309,6 +302,14 @@ class TrainSession:
                 "LoadStateEnd.bucket_count", f"{message.load_state_end.bucket_count}, but {received} have come"
             )
         return groups, staged
+
+
+def _declined(job: Job, member: Member, pages: Iterator[job_pb2.LayoutPage], error: RequestError) -> bytes:
+    """Reads the rest of a layout that is not taken, and gives the answer to it."""
+    for _ in pages:
+        pass
+    job.bringing.give_up(member)
+    return refusal(error)
 
 
 def _layout_pages(adopted: AdoptedGroups, first_group: int) -> Iterator[job_pb2.LayoutPage]:
