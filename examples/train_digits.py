@@ -2,10 +2,12 @@
 
     python examples/train_digits.py                                  # starts a server of its own
     python examples/train_digits.py --server gpu-host:50551          # uses that one
-    torchrun --nproc-per-node 2 examples/train_digits.py             # two workers, synchronous mean
+    torchrun --nproc-per-node 2 examples/train_digits.py             # two workers: each step is their mean
+    torchrun --nproc-per-node 3 examples/train_digits.py --mode async      # nobody waits for anybody
+    torchrun --nproc-per-node 3 examples/train_digits.py --mode bounded    # at most two steps ahead of the slowest
 
 Needs scikit-learn for its bundled data set. Restarted with the same --job against a server that still holds it, the
-script goes on where the job stands.
+script goes on where the job stands; so does a worker that torchrun starts again (--max-restarts).
 """
 
 import argparse
@@ -16,9 +18,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from optimd.client import Adam
+from optimd.client import Adam, Async, ProxyOptions, Sync
 
-BATCH = 64  # images a step, over all workers
+BATCH = 64  # images a step: shared by the workers of a synchronous one, an asynchronous one is a single worker's
+
+MODES: dict[str, Sync | Async] = {"sync": Sync(), "async": Async(), "bounded": Async(max_staleness=2)}
 
 
 def load_data():
@@ -48,6 +52,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", help="host:port or unix:///path (default: start one)")
     parser.add_argument("--job", help="the name of the training job, to be found again")
+    parser.add_argument("--mode", choices=MODES, default="sync", help="how the workers' steps are put together")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--save", metavar="PATH", help="where to save the trained weights")
     args = parser.parse_args()
@@ -60,17 +65,22 @@ def main():
 
     torch.manual_seed(0)
     model = build_model()
-    with Adam(model.parameters(), lr=3e-3, server=args.server, job=args.job) as optimizer:
-        # A fresh job starts at 0; a restarted worker takes up its data and its schedule where it left them.
-        start = optimizer.next_sequence
+    options = ProxyOptions(aggregation=MODES[args.mode])
+    with Adam(model.parameters(), lr=3e-3, server=args.server, job=args.job, options=options) as optimizer:
+        # By the job's clock: a worker that joins or comes back later takes the schedule up where the others are.
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2, last_epoch=start - 1
+            optimizer, lambda _: (1 + math.cos(math.pi * min(1, optimizer.job_step / total))) / 2
         )
-        for step in range(start, total):
-            epoch, batch = divmod(step, batches)
-            if batch == 0 or step == start:
-                order = torch.randperm(len(y_train), generator=torch.Generator().manual_seed(epoch))
-            mine = order[batch * BATCH : (batch + 1) * BATCH][rank::world_size]
+        while optimizer.job_step < total:
+            if args.mode == "sync":
+                # Everybody is at the same step: each takes its part of the step's batch.
+                number, part = optimizer.job_step, slice(rank, None, world_size)
+            else:
+                # Everybody is at a step of its own, and takes batches of its own.
+                number, part = optimizer.next_sequence * world_size + rank, slice(None)
+            epoch, batch = divmod(number, batches)
+            order = torch.randperm(len(y_train), generator=torch.Generator().manual_seed(epoch))
+            mine = order[batch * BATCH : (batch + 1) * BATCH][part]
 
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x_train[mine]), y_train[mine])
@@ -79,7 +89,8 @@ def main():
             scheduler.step()
 
             if batch == batches - 1 and rank == 0:
-                print(f"epoch {epoch + 1:2d}  loss {loss.item():.4f}")
+                print(f"step {optimizer.job_step:4d}  loss {loss.item():.4f}", flush=True)
+        optimizer.pull_parameters()
 
     if rank == 0:
         with torch.no_grad():

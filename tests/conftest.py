@@ -49,6 +49,13 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def quick_server() -> Iterator[Server]:
+    """As `server`, but leases end after a second."""
+    with running_server(lease_s=1.0) as running:
+        yield running
+
+
+@pytest.fixture
 def server() -> Iterator[Server]:
     """A server in this process. Tests that kill one start a process: `server_process`."""
     with running_server() as running:

@@ -48,7 +48,7 @@ def server_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
                 "-m",
                 "optimd.server",
                 *(flags if any(flag.startswith("--address") for flag in flags) else ("--address=127.0.0.1:0", *flags)),
-                "--no-health",
+                *(() if "--health" in flags else ("--no-health",)),
                 f"--ready-fd={ready_of_child}",
             ],
             pass_fds=(ready_of_child,),

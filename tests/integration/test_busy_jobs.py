@@ -15,7 +15,7 @@ from optimd.server.aggregation import Worker
 from optimd.server.company import JobPhase
 from optimd.server.errors import OutOfOrderError, StepTimeoutError
 from optimd.server.job import Job
-from optimd.server.membership import Member
+from optimd.server.member import Member
 from optimd.server.settings import JobSettings
 from optimd.wire.layout import Parameter
 from tests.support import eventually, in_threads, running_server
@@ -47,18 +47,18 @@ class Pair:
         for bucket in self.job.bringing.grow(self.members[0], [OPTIONS], [1], PARAMETERS):
             self.job.store.write_values(bucket, torch.zeros(ELEMENTS))
         self.job.bringing.grown(self.members[0])
-        self.job.welcome(self.members[0])
+        self.job.welcome(self.members[0], step=0)
         self.job.admit(self.members[1], creates=False, check=lambda: None)
         self.job.bringing.adopt(self.members[1], 0)
-        self.job.welcome(self.members[1])
+        self.job.welcome(self.members[1], step=0)
 
 
 def test_parameters_are_not_replaced_while_another_worker_accumulates() -> None:
     """Half of its sum would be of the old ones. It waits, and the sum is forgotten with them."""
     pair = Pair()
     job, (first, second) = pair.job, pair.members
-    assert job.begin_accumulation(second, sequence=0, micro=0, group_count=1, layout_count=0)
-    job.accumulate(second, job.store.buckets[0], [True], torch.ones(ELEMENTS))
+    assert job.accumulating.begin(second, sequence=0, micro=0, group_count=1, layout_count=0)
+    job.accumulating.add(second, job.store.buckets[0], [True], torch.ones(ELEMENTS))
     known: list[bool] = []
 
     def replace() -> None:
@@ -68,9 +68,9 @@ def test_parameters_are_not_replaced_while_another_worker_accumulates() -> None:
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    job.accumulate(second, job.store.buckets[1], [True], torch.ones(ELEMENTS))
-    job.end_accumulation(second)
-    job.finished(second)
+    job.accumulating.add(second, job.store.buckets[1], [True], torch.ones(ELEMENTS))
+    job.accumulating.end(second)
+    job.pushing.finished(second)
     waiting.join(5)
     assert known == [False]
     store = job.bringing.replace([OPTIONS], [1], PARAMETERS, [])
@@ -87,9 +87,9 @@ def test_parameters_are_not_replaced_while_another_worker_receives_its_step() ->
     pair = Pair()
     job, (first, second) = pair.job, pair.members
     for member in pair.members:
-        round_ = job.begin(member, sequence=0, base_step=0, group_count=1, load_count=0, layout_count=0, micro=0)
-        job.end(member, round_)
-    job.finished(first)
+        push = job.pushing.begin(member, sequence=0, base_step=0, group_count=1, load_count=0, layout_count=0, micro=0)
+        job.pushing.end(push)
+    job.pushing.finished(first)
     results: list[Any] = []
     waiting = threading.Thread(
         target=lambda: results.append(
@@ -99,7 +99,7 @@ def test_parameters_are_not_replaced_while_another_worker_receives_its_step() ->
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    job.finished(second)
+    job.pushing.finished(second)
     waiting.join(5)
     assert results == [False]
 
@@ -176,18 +176,18 @@ def test_values_of_a_worker_that_is_lost_before_its_gradients_are_not_put_in_pla
         session = lost._session
         assert session is not None
         push = lost._push(session, [p])
-        stream = session._stream
-        assert stream is not None
+        stream = session._line.usable()
         from optimd.client.pushes import push_messages, pushed_entries
         from optimd.v1 import training_pb2
 
         pages = pushed_entries(push)
         begin = training_pb2.StepBegin(sequence=0, base_step=0, group_count=1, pushed_pages=len(pages))
-        messages = list(push_messages(session._layout, push, begin, [], pages))
+        messages = list(push_messages(session._line.layout, push, begin, [], pages))
         stream.send(messages[:-1])
         (job,) = server.registry.all()
-        assert eventually(lambda: job._stepper._round is not None and bool(job._stepper._round.pushed))
-        lost._session.abandon()
+        stepper = job.pushing._steppers[None]
+        assert eventually(lambda: stepper._round is not None and bool(stepper._round.pushed))
+        session.abandon()
 
     def survivor() -> None:
         p = nn.Parameter(torch.ones(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -23,7 +24,10 @@ Request = training_pb2.TrainRequest
 class PlainWorker:
     """A worker made of nothing but generated code: one float32 parameter of 300 elements in three buckets."""
 
+    _incarnations = itertools.count(7)
+
     def __init__(self, server: Server, **changes: Any) -> None:
+        self.incarnation = next(self._incarnations)
         self._requests: queue.SimpleQueue[training_pb2.TrainRequest | None] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(server.address)
         self.stub = OptimizerServiceStub(self._channel)
@@ -71,7 +75,7 @@ class PlainWorker:
     def open_job(self, **changes: Any) -> training_pb2.TrainRequest:
         message = job_pb2.OpenJob(
             job="plain",
-            worker=job_pb2.WorkerIdentity(worker_id="plain-0", rank=0, incarnation=7),
+            worker=job_pb2.WorkerIdentity(worker_id="plain-0", rank=0, incarnation=self.incarnation),
             on_existing=job_pb2.ON_EXISTING_RESUME,
             aggregation=job_pb2.Aggregation(
                 sync=job_pb2.SyncAggregation(

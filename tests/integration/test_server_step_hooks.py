@@ -28,6 +28,7 @@ from optimd.client import (
     StepReceipt,
     StepTimeoutError,
 )
+from optimd.client.caretaker import caretaker
 from optimd.server import Server
 from optimd.v1 import errors_pb2, reading_pb2
 from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
@@ -93,8 +94,9 @@ def test_hooks_are_called_for_the_steps_of_two_workers_once_each_and_in_order(se
         assert all(receipt.bytes_sent == receipt.bytes_received == 0 for receipt in heard)
 
 
-def test_a_worker_hears_of_steps_that_others_made_without_it(server: Server) -> None:
+def test_a_worker_hears_of_steps_that_others_made_without_it(quick_server: Server) -> None:
     """It stands outside the job's steps: its receipts have no sequence. A stream that names it, as its own would."""
+    server = quick_server
     optimizers = [
         Adam([nn.Parameter(torch.zeros(4))], server=server.address, job="others", options=options(rank, 2))
         for rank in range(2)
@@ -112,8 +114,8 @@ def test_a_worker_hears_of_steps_that_others_made_without_it(server: Server) -> 
     # Rank 1 loses its training stream, and with it its place, but not the stream that tells it of steps.
     session = optimizers[1]._session
     assert session is not None
-    assert session._stream is not None
-    session._stream.cancel()
+    caretaker.forget(session._line)
+    session._line.usable().cancel()
     assert eventually(lambda: server.registry.get("others").worker_count == 1)
     step(optimizers[0])
     assert told.wait(20)

@@ -14,6 +14,7 @@ from optimd.client import (
     JobMismatchError,
     LoadNeedsForceError,
     ProxyOptions,
+    StepReceipt,
     StepTimeoutError,
     Sync,
 )
@@ -162,16 +163,55 @@ def test_waiting_for_workers_that_never_join_ends_with_the_remedy(server: Server
     optimizer.close()
 
 
-def test_a_silent_worker_is_named_after_timeout_s(server: Server) -> None:
-    """Rank 1 is there but does not step."""
+def test_a_step_is_made_without_a_worker_that_is_silent_for_timeout_s(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 1 is there but does not step. When it does, its gradient is too late, and then it is awaited again."""
     asked = {"aggregation": Sync(timeout_s=0.5)}
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    first, second = (
+        Adam([parameter], server=server.address, job="silent", options=options(rank, 2, **asked))
+        for rank, parameter in enumerate(parameters)
+    )
+
+    def step(optimizer: Adam, parameter: nn.Parameter) -> StepReceipt:
+        parameter.grad = torch.ones(4)
+        optimizer.step()
+        assert optimizer.last_receipt is not None
+        return optimizer.last_receipt
+
+    receipt = step(first, parameters[0])
+    assert (receipt.outcome, receipt.step, receipt.contributors) == ("applied", 1, (0,))
+    assert "rank 1 did not come in time" in caplog.text
+    receipt = step(first, parameters[0])
+    assert receipt.step == 2
+    late = step(second, parameters[1])
+    assert (late.outcome, late.step, late.contributors, late.staleness) == ("dropped_late", 2, (), 2)
+    assert torch.equal(*parameters)
+    results = in_threads(lambda rank: step((first, second)[rank], parameters[rank]), 2)
+    assert {(receipt.outcome, receipt.step, receipt.contributors) for receipt in results} == {("merged", 3, (0, 1))}
+    assert torch.equal(*parameters)
+    first.close()
+    second.close()
+
+
+def test_where_lost_workers_are_awaited_a_silent_one_fails_the_step_which_can_be_made_again(server: Server) -> None:
+    """Nothing was applied, and the same push is due."""
+    asked = {"aggregation": Sync(timeout_s=0.5, on_loss="wait")}
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
     optimizers = [
-        Adam([nn.Parameter(torch.zeros(4))], server=server.address, job="silent", options=options(rank, 2, **asked))
-        for rank in range(2)
+        Adam([parameter], server=server.address, job="patient", options=options(rank, 2, **asked))
+        for rank, parameter in enumerate(parameters)
     ]
-    optimizers[0].param_groups[0]["params"][0].grad = torch.ones(4)
-    with pytest.raises(StepTimeoutError, match=r"waited 0.5 s, and the step waits for rank 1"):
+    for parameter in parameters:
+        parameter.grad = torch.ones(4)
+    with pytest.raises(StepTimeoutError, match=r"rank 1 did not come in time"):
         optimizers[0].step()
+    assert (optimizers[0].job_step, optimizers[0].next_sequence) == (0, 0)
+    in_threads(lambda rank: optimizers[rank].step(), 2)
+    assert optimizers[0].last_receipt is not None
+    assert optimizers[0].last_receipt.contributors == (0, 1)
+    assert torch.equal(*parameters)
     for optimizer in optimizers:
         optimizer.close()
 
@@ -282,10 +322,10 @@ def test_loading_is_collective_and_needs_force_over_others_progress(server: Serv
             if rank == 1:
                 other = {**saved, "param_groups": [{**saved["param_groups"][0], "lr": 0.7}]}
                 # The job has had one load; a second, unequal one with the same number is refused.
-                optimizer._session._load_count -= 1
+                optimizer._session._line.load_count -= 1
                 with pytest.raises(JobMismatchError, match="another state_dict"):
                     optimizer.load_state_dict(other, force=True)
-                optimizer._session._load_count += 1
+                optimizer._session._line.load_count += 1
                 assert optimizer.param_groups[0]["lr"] == 0.3
             p.grad = torch.ones(300)
             optimizer.step()

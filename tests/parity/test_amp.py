@@ -154,9 +154,9 @@ def test_a_worker_without_finite_gradients_leaves_the_step_to_the_others(server:
 
     (first, told), (second, others_told) = in_threads(work, 2)
     assert torch.equal(first[0], second[0])
-    skipped, applied = "skipped_nonfinite", "applied"
-    assert told == [(skipped, 0, ()), (skipped, 1, (1,)), (applied, 2, (0, 1)), (applied, 3, (0, 1))]
-    assert others_told == [(skipped, 0, ()), (applied, 1, (1,)), (applied, 2, (0, 1)), (applied, 3, (0, 1))]
+    skipped, applied, merged = "skipped_nonfinite", "applied", "merged"
+    assert told == [(skipped, 0, ()), (skipped, 1, (1,)), (merged, 2, (0, 1)), (merged, 3, (0, 1))]
+    assert others_told == [(skipped, 0, ()), (applied, 1, (1,)), (merged, 2, (0, 1)), (merged, 3, (0, 1))]
     p = nn.Parameter(torch.linspace(-1, 1, 700))
     local = torch.optim.Adam([p], lr=0.1, fused=True)
     for grads in ([2.0 + 1], [1.0 + 2, 2.0 + 2], [1.0 + 3, 2.0 + 3]):

@@ -228,9 +228,10 @@ def test_a_field_that_looks_like_the_payload_inside_another_is_not_taken_for_it(
 )
 def test_fields_of_a_newer_peer_before_the_payload_cost_no_copy(unknown: bytes) -> None:
     """They are skipped by their wire type; 121 bytes are what a walk that is one byte off would fall for."""
-    data = JOB_READY + unknown + delimited(PAYLOAD, b"p" * 121)
-    assert_decodes_as_protobuf_parses(TrainResponse, data)
-    _, frame = decode(TrainResponse, data)
+    known = reading_pb2.ReadStateResponse(bucket=tensor_pb2.TensorBucket(bucket_id=7)).SerializeToString()
+    data = known + unknown + delimited(PAYLOAD, b"p" * 121)
+    assert_decodes_as_protobuf_parses(reading_pb2.ReadStateResponse, data)
+    _, frame = decode(reading_pb2.ReadStateResponse, data)
     assert frame.payload.obj is data
 
 

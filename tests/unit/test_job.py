@@ -11,9 +11,10 @@ import torch
 from optimd.server.aggregation import Worker
 from optimd.server.errors import StepTimeoutError, UpdateRefusedError
 from optimd.server.job import Job
-from optimd.server.membership import Member
+from optimd.server.member import Member
+from optimd.server.pushing import OpenPush
+from optimd.server.receipts import Outcome
 from optimd.server.settings import JobSettings
-from optimd.server.stepping import Round
 from optimd.wire.layout import Parameter
 
 OPTIONS = {
@@ -53,7 +54,7 @@ class Team:
             torch.device("cpu"),
         )
         self.members: dict[int, Member] = {}
-        self.rounds: dict[int, Round] = {}
+        self.pushes: dict[int, OpenPush] = {}
         self.join(0, creates=True)
         buckets = self.job.bringing.grow(
             self.members[0], [OPTIONS], [1], [Parameter("table", torch.float32, (2 * ELEMENTS,), (0,))]
@@ -67,25 +68,25 @@ class Team:
     def join(self, rank: int, *, creates: bool = False) -> None:
         self.members[rank] = Member(Worker(rank, f"worker-{rank}"), incarnation=rank)
         self.job.admit(self.members[rank], creates=creates, check=lambda: None)
-        self.job.welcome(self.members[rank])
+        self.job.welcome(self.members[rank], step=self.job.step)
 
-    def begin(self, rank: int) -> None:
-        self.rounds[rank] = self.job.begin(
+    def begin(self, rank: int, *, micro: int = 0) -> None:
+        self.pushes[rank] = self.job.pushing.begin(
             self.members[rank],
             sequence=self.job.record(f"worker-{rank}").next_sequence,
             base_step=self.job.step,
             group_count=1,
             load_count=0,
             layout_count=0,
-            micro=0,
+            micro=micro,
         )
 
     def push(self, rank: int, bucket: int, value: float) -> None:
         payload = torch.full((ELEMENTS,), value)
-        self.job.push(self.members[rank], self.rounds[rank], self.job.store.buckets[bucket], [True], payload)
+        self.job.pushing.push(self.pushes[rank], self.job.store.buckets[bucket], [True], payload)
 
     def end(self, rank: int) -> None:
-        self.job.end(self.members[rank], self.rounds[rank])
+        self.job.pushing.end(self.pushes[rank])
 
     def step_together(self) -> None:
         """Each of the workers pushes 1.0 to the first bucket, one after the other."""
@@ -126,8 +127,8 @@ def test_gradients_of_a_closed_step_do_not_leak_into_the_next() -> None:
 def test_a_parameter_that_only_a_lost_worker_pushed_a_part_of_is_brought_to_one_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In atomic mode too; the log names it."""
-    team = Team(2, apply="atomic")
+    """Where steps are streamed; the log names it."""
+    team = Team(2)
     for rank in (0, 1):
         team.begin(rank)
     team.push(0, 0, 1.0)
@@ -138,6 +139,46 @@ def test_a_parameter_that_only_a_lost_worker_pushed_a_part_of_is_brought_to_one_
     assert "partly stepped: parameter 0 (table)" in caplog.text
 
 
+def test_nothing_of_an_unfinished_push_is_in_an_atomic_step() -> None:
+    """Its worker is lost after the other one has pushed the same bucket, which has to push it again."""
+    team = Team(2, apply="atomic")
+    for rank in (0, 1):
+        team.begin(rank)
+        team.push(rank, 0, 1.0 + rank)
+    team.push(1, 1, 7.0)
+    team.end(1)
+    team.leave(0)
+    assert team.job.step == 0
+    assert team.job.pulling.await_progress(team.pushes[1]) == ([], frozenset({0}))
+    team.push(1, 0, 2.0)
+    team.end(1)
+    assert team.job.step == 1
+    assert [team.moment(0), team.moment(1)] == pytest.approx([0.2, 0.7])
+    receipt = team.job.record("worker-1").receipt
+    assert receipt is not None
+    assert (receipt.contributors, receipt.partial_contributors) == ((1,), ())
+
+
+def test_gradients_that_are_held_are_pushed_again_by_the_server() -> None:
+    """The worker has not got them any more: it has handed them over."""
+    team = Team(2, apply="atomic")
+    accumulating, member = team.job.accumulating, team.members[1]
+    assert accumulating.begin(member, sequence=0, micro=0, group_count=1, layout_count=0)
+    for bucket in team.job.store.buckets:
+        accumulating.add(member, bucket, [True], torch.full((ELEMENTS,), 3.0))
+    accumulating.end(member)
+    team.begin(0)
+    team.begin(1, micro=1)
+    team.push(0, 0, 50.0)
+    team.push(0, 1, 50.0)
+    team.push(1, 0, 2.0)
+    team.end(1)
+    team.leave(0)
+    assert team.job.pulling.await_progress(team.pushes[1])[1] == frozenset()
+    assert team.job.step == 1
+    assert [team.moment(0), team.moment(1)] == pytest.approx([0.5, 0.3])
+
+
 def test_an_atomic_step_that_all_its_workers_left_is_discarded(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing of it is in the next one."""
     team = Team(2, apply="atomic")
@@ -146,7 +187,7 @@ def test_an_atomic_step_that_all_its_workers_left_is_discarded(caplog: pytest.Lo
         team.push(rank, 0, 50.0)
     team.leave(0, 1)
     assert team.job.step == 0
-    assert "every worker of the open step was lost" in caplog.text
+    assert caplog.text.count("did not complete its push: nothing of it is in the step") == 1
     for rank in (0, 1):
         team.join(rank)
     team.step_together()
@@ -167,7 +208,7 @@ def test_a_step_that_torch_refuses_fails_for_all_its_workers_and_commits_nothing
 
     def wait() -> None:
         with pytest.raises(UpdateRefusedError, match="no such kernel") as caught:
-            team.job.await_progress(team.members[0], team.rounds[0], 0)
+            team.job.pulling.await_progress(team.pushes[0])
         waiting.append(str(caught.value))
 
     waiter = threading.Thread(target=wait)
@@ -197,10 +238,10 @@ def test_a_step_that_torch_refuses_fails_for_all_its_workers_and_commits_nothing
 def test_options_that_torch_would_refuse_are_refused_before_the_step() -> None:
     """Where the push begins, and with nothing changed."""
     team = Team(1)
-    team.job.set_hyperparameters(team.members[0], 0, {**OPTIONS, "foreach": True, "betas": (1.0, 0.9)})
+    team.job.pushing.set_hyperparameters(team.members[0], 0, {**OPTIONS, "foreach": True, "betas": (1.0, 0.9)})
     with pytest.raises(UpdateRefusedError, match="divide by zero"):
         team.begin(0)
-    team.job.set_hyperparameters(team.members[0], 0, OPTIONS)
+    team.job.pushing.set_hyperparameters(team.members[0], 0, OPTIONS)
     team.begin(0)
     team.push(0, 0, 1.0)
     team.end(0)
@@ -230,7 +271,7 @@ def test_a_reader_holds_a_step_up_and_one_that_takes_nothing_is_cut_off(monkeypa
 
 def test_agreeing_workers_with_a_nan_do_not_disagree() -> None:
     """A schedule may arrive at NaN; it is not equal to itself."""
-    from optimd.server.membership import disagree
+    from optimd.server.member import disagree
 
     workers = [Worker(rank, str(rank)) for rank in (0, 1)]
     members = {worker: Member(worker, 0, [{"lr": float("nan"), "x": 1}], speaks=True) for worker in workers}
@@ -287,7 +328,7 @@ def test_a_step_that_a_defect_ends_fails_for_all_and_the_job_goes_on(
         with pytest.raises(type(error)):
             team.end(1)
     with pytest.raises(RequestError, match="the step failed on the server"):
-        team.job.await_progress(team.members[0], team.rounds[0], 0)
+        team.job.pulling.await_progress(team.pushes[0])
     assert team.job.step == 0
     team.step_together()
     assert team.job.step == 1
@@ -306,44 +347,47 @@ def test_a_draining_job_begins_no_more_steps() -> None:
 
 def test_a_step_that_ends_with_a_loss_is_skipped_if_it_is_not_finite() -> None:
     """Who waits is answered, the sequence of both is used up, and the next step has nothing of it."""
-    team = Team(2, apply="atomic", nonfinite="skip")
-    for rank in (0, 1):
+    team = Team(3, apply="atomic", nonfinite="skip")
+    for rank in (0, 1, 2):
         team.begin(rank)
     team.push(1, 0, float("inf"))
     team.push(0, 0, 1.0)
     team.end(0)
-    team.leave(1)
-    assert team.job.await_progress(team.members[0], team.rounds[0], 0) == 0
-    skipped = team.rounds[0].skipped
-    assert skipped is not None
-    assert (skipped.step, skipped.pushes) == (0, (team.members[0].worker, team.members[1].worker))
+    team.end(1)
+    team.leave(2)
+    assert team.job.pulling.await_progress(team.pushes[0]) == ([], frozenset())
+    for rank in (0, 1):
+        receipt = team.job.record(f"worker-{rank}").receipt
+        assert receipt is not None
+        assert (receipt.step, receipt.outcome, receipt.contributors) == (0, Outcome.SKIPPED_NONFINITE, ())
     assert team.job.step == 0
     assert [team.job.record(f"worker-{rank}").next_sequence for rank in (0, 1)] == [1, 1]
     assert [team.job.record(f"worker-{rank}").pushes for rank in (0, 1)] == [0, 0]
     assert team.job.store.steps_of(0) == [0.0, 0.0]
-    team.join(1)
+    team.join(2)
     team.step_together()
     assert team.job.step == 1
-    assert team.moment(0) == pytest.approx(0.2)
+    assert team.moment(0) == pytest.approx(0.3)
 
 
 def test_a_step_that_ends_with_a_loss_is_refused_if_it_is_not_finite() -> None:
     """Whoever is left hears of it, and no sequence is used up."""
     from optimd.server.errors import NonFiniteGradientError
 
-    team = Team(2, apply="atomic", nonfinite="error")
-    for rank in (0, 1):
+    team = Team(3, apply="atomic", nonfinite="error")
+    for rank in (0, 1, 2):
         team.begin(rank)
     team.push(1, 1, float("nan"))
     team.end(0)
-    team.leave(1)
+    team.end(1)
+    team.leave(2)
     with pytest.raises(NonFiniteGradientError, match=r"parameter 0 \(table\) for step 1"):
-        team.job.await_progress(team.members[0], team.rounds[0], 0)
+        team.job.pulling.await_progress(team.pushes[0])
     assert team.job.step == 0
     assert [team.job.record(f"worker-{rank}").next_sequence for rank in (0, 1)] == [0, 0]
-    team.join(1)
+    team.join(2)
     team.step_together()
-    assert team.moment(0) == pytest.approx(0.2)
+    assert team.moment(0) == pytest.approx(0.3)
 
 
 def test_a_newcomer_is_let_in_between_a_skipped_step_and_the_next() -> None:
@@ -362,14 +406,17 @@ def test_a_newcomer_is_let_in_between_a_skipped_step_and_the_next() -> None:
     assert team.moment(0) == pytest.approx(0.3)
 
 
-def test_what_a_lost_worker_has_pushed_of_a_parameter_is_clipped_with_the_rest() -> None:
+def test_the_gradient_of_a_worker_that_is_lost_once_it_is_complete_is_clipped_with_the_rest() -> None:
     """The elements that nobody pushed count as zero: 256 sums of 3 have norm 48."""
     team = Team(2, apply="atomic", max_grad_norm=4.8)
     for rank in (0, 1):
         team.begin(rank)
     team.push(0, 0, 1.0)
-    team.push(1, 0, 2.0)
+    team.end(0)
     team.leave(0)
+    team.push(1, 0, 2.0)
     team.end(1)
-    assert team.rounds[1].grad_norm == pytest.approx(48.0)
+    receipt = team.job.record("worker-1").receipt
+    assert receipt is not None
+    assert receipt.grad_norm == pytest.approx(48.0)
     assert team.moment(0) == pytest.approx(0.03)

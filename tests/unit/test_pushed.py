@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from optimd.server.aggregation import Worker
-from optimd.server.membership import HeldGradients
+from optimd.server.member import HeldGradients
 from optimd.server.pushed import PushedContent
 from optimd.server.store import StagedState, Store
 from optimd.wire.kinds import PARAMETER
@@ -208,6 +208,7 @@ def test_what_is_held_and_what_is_pushed_are_added() -> None:
     held = HeldGradients()
     for _ in range(2):
         held.add(FIRST, [True, True], grads(1, 2, 3, 4, 5), CPU)
+        held.end_accumulation()
     present, payload = held.take(FIRST, [True, True], grads(10, 10, 10, 10, 10))
     assert present == [True, True]
     assert payload.tolist() == [12, 14, 16, 18, 20]
@@ -253,11 +254,13 @@ def test_held_buckets_that_the_push_did_not_have_are_the_rest() -> None:
     held = HeldGradients()
     for bucket in (SECOND, FIRST):
         held.add(bucket, [True, False], grads(bucket.bucket_id, 1), CPU)
+    held.end_accumulation()
     assert [(number, present, payload.tolist()) for number, present, payload in held.rest()] == [
         (0, [True, False], [0, 1]),
         (1, [True, False], [1, 1]),
     ]
     assert list(held.rest()) == []
+    held.forget()
     held.add(FIRST, [True, False], grads(1, 1), CPU)
     held.add(SECOND, [True, False], grads(1, 1), CPU)
     held.take(SECOND, [True, True], grads(1, 1, 1, 1, 1))
@@ -272,6 +275,33 @@ def test_received_gradients_are_only_read() -> None:
     held.take(FIRST, [True, True], second)
     assert first.tolist() == [1, 2, 3, 4, 5]
     assert second.tolist() == [1, 1, 1, 1, 1]
+
+
+def test_a_bucket_that_comes_twice_in_one_accumulation_is_added_once() -> None:
+    """As it does where the line broke in between: the worker sends all of it again."""
+    held = HeldGradients()
+    for _ in range(2):
+        held.add(FIRST, [True, True], grads(1, 2, 3, 4, 5), CPU)
+    held.end_accumulation()
+    assert held.micro == 1
+    assert [payload.tolist() for _, _, payload in held.rest()] == [[1, 2, 3, 4, 5]]
+
+
+def test_what_a_push_was_given_can_be_given_again_until_the_push_is_over() -> None:
+    """Others' share of the same bucket may have been taken out of the step, and this one's with it."""
+    held = HeldGradients()
+    held.add(FIRST, [True, True], grads(1, 2, 3, 4, 5), CPU)
+    held.add(SECOND, [True, False], grads(1, 1), CPU)
+    held.end_accumulation()
+    held.take(FIRST, [True, True], grads(10, 10, 10, 10, 10))
+    assert held.again(1) is None
+    _, again = held.again(0) or ([], grads())
+    assert again.tolist() == [11, 12, 13, 14, 15]
+    _, payload = held.take(FIRST, [True, True], grads(10, 10, 10, 10, 10))
+    assert payload.tolist() == [11, 12, 13, 14, 15]
+    held.spend()
+    held.settle()
+    assert held.again(0) is None
 
 
 def test_what_is_discarded_is_not_in_what_comes_after() -> None:
@@ -297,7 +327,9 @@ def test_what_a_push_has_spent_is_lost_where_there_was_something() -> None:
     held.add(FIRST, [True, False], grads(1, 1), CPU)
     held.spend()
     assert held.spent
+    held.settle()
     assert list(held.rest()) == []
+    assert held.nbytes == 0
     held.forget()
     assert (held.micro, held.spent) == (0, False)
 
@@ -330,6 +362,7 @@ def test_gradients_narrower_than_their_masters_are_held_in_the_masters_dtype() -
     held = HeldGradients()
     for _ in range(2):
         held.add(bucket, [True], torch.full((1,), 1.0, dtype=torch.bfloat16), CPU)
+        held.end_accumulation()
     _, payload = held.take(bucket, [True], torch.full((1,), 2.0**-8, dtype=torch.bfloat16))
     assert payload.dtype == torch.float32
     assert payload.item() == 2.0 + 2.0**-8

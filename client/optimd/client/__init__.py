@@ -25,12 +25,13 @@ from optimd.client.exceptions import (
     ProtocolError,
     ServerUnavailableError,
     StepTimeoutError,
+    SupersededError,
     UnknownJobError,
     UnsupportedError,
     UpdateRefusedError,
     WorkerInUseError,
 )
-from optimd.client.options import ProxyOptions, Sync
+from optimd.client.options import Async, ProxyOptions, Sync
 from optimd.client.proxy import OptimizerProxy
 from optimd.client.receipts import StepReceipt
 
@@ -38,6 +39,7 @@ __all__ = [
     "AccumulationLostError",
     "Adam",
     "AdamW",
+    "Async",
     "ConfigurationError",
     "ConnectionLostError",
     "EmbeddedServerError",
@@ -57,6 +59,7 @@ __all__ = [
     "ServerUnavailableError",
     "StepReceipt",
     "StepTimeoutError",
+    "SupersededError",
     "Sync",
     "UnknownJobError",
     "UnsupportedError",

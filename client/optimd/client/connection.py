@@ -25,6 +25,9 @@ from optimd.wire.codec import Frame, MalformedMessageError, decode
 from optimd.wire.methods import READ_STATE, TRAIN, WATCHING_HEADER
 
 _CHANNEL_OPTIONS: Final = (
+    # A server that is started again is found soon; the core would wait for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     # A server whose machine is gone is noticed within a minute, and so is one that is stopped.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -55,6 +58,11 @@ class TrainStream:
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
         self._call = method(_drain(self._outbox, self._counter))
         self.bytes_received = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come, as far as this side knows yet."""
+        return not self._call.is_active()
 
     @property
     def bytes_sent(self) -> int:
@@ -100,9 +108,13 @@ class TrainStream:
             )
         return received
 
+    def close_side(self) -> None:
+        """Closes the worker's side, behind all that was sent. Does not wait; any thread may call it, more than once."""
+        self._outbox.put(None)
+
     def finish(self) -> None:
         """Closes the worker's side and waits, up to `LEAVE_TIMEOUT_S`, until the server has closed its own."""
-        self._outbox.put(None)
+        self.close_side()
         waited = queue.SimpleQueue[None]()
         if self._call.add_callback(lambda: waited.put(None)):
             try:
@@ -190,13 +202,14 @@ class Connection:
         self._channel: grpc.Channel | None = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stream: TrainStream | None = None
         self._watch: StepStream | None = None
+        self._beat: object = None
         self._pid = os.getpid()
         forks.watch(self)
 
     def forked(self) -> object:
         """In a child: leaves the parent's channel and streams alone for good."""
-        kept = (self._channel, self._stream, self._watch)
-        self._channel = self._stream = self._watch = None
+        kept = (self._channel, self._stream, self._watch, self._beat)
+        self._channel = self._stream = self._watch = self._beat = None
         return kept
 
     @property
@@ -238,8 +251,21 @@ class Connection:
                 ) from error
             raise translate(error, self.address) from error
 
+    def beat(self, request: reading_pb2.HeartbeatRequest, timeout_s: float) -> None:
+        """Tells the server that a worker is alive, unless this is closed. Does not wait; any thread may call it."""
+        channel = self._channel
+        if channel is not None and self.is_own:
+            try:
+                # Kept, since gRPC cancels a call that nobody refers to.
+                self._beat = OptimizerServiceStub(channel).Heartbeat.future(request, timeout=timeout_s)
+            except ValueError:
+                # Closed in another thread, just now.
+                return
+
     def open_stream(self) -> TrainStream:
-        """Opens the training stream. Does not wait."""
+        """Opens the training stream, in the place of one that has broken. Does not wait."""
+        if self._stream is not None:
+            self._stream.cancel()
         self._stream = TrainStream(self.check(), self.address)
         return self._stream
 
@@ -284,7 +310,7 @@ class Connection:
     def close(self) -> None:
         """Ends the streams and the channel at once. May be called from any thread, and more than once."""
         stream, watch, channel = self._stream, self._watch, self._channel
-        self._stream = self._watch = self._channel = None
+        self._stream = self._watch = self._channel = self._beat = None
         if not self.is_own:
             return
         if stream is not None:

@@ -17,7 +17,8 @@ class WorkerEnvironment:
 
     server: str | None = None
     job: str | None = None
-    rank: int = 0
+    rank: int | None = None
+    """torchrun's rank; None without it."""
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
@@ -48,7 +49,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> WorkerEnviron
     return WorkerEnvironment(
         server=variables.get("OPTIMD_SERVER") or None,
         job=variables.get("OPTIMD_JOB") or None,
-        rank=_number(variables, "RANK", 0),
+        rank=_number(variables, "RANK", 0) if variables.get("RANK") else None,
         world_size=_number(variables, "WORLD_SIZE", 1),
         local_rank=_number(variables, "LOCAL_RANK", 0),
         # Without torchrun's word for it, assume that other workers may be on other hosts.

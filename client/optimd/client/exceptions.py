@@ -10,6 +10,7 @@ OptimdError
 ├── JobDeletedError                              the job was deleted under the worker
 ├── UnknownJobError           (LookupError)      no job of that name
 ├── WorkerInUseError                             a live worker has that worker_id or rank
+├── SupersededError           (RuntimeError)     another process has taken this one's worker_id
 ├── LimitExceededError                           a limit of the server
 ├── StepTimeoutError          (TimeoutError)     other workers did not come in time
 ├── LoadNeedsForceError                          load_state_dict over other workers' progress
@@ -64,6 +65,10 @@ class UnknownJobError(OptimdError, LookupError):
 
 class WorkerInUseError(OptimdError):
     """A live worker of the job has that worker_id or that rank."""
+
+
+class SupersededError(OptimdError, RuntimeError):
+    """Another process has taken this worker's worker_id: its successor, after a restart. This one cannot come back."""
 
 
 class LimitExceededError(OptimdError):

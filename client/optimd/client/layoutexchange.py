@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from optimd.client.connection import TrainStream
-from optimd.v1 import job_pb2, tensor_pb2, training_pb2
+from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.layout import Parameter, decode_parameter, encode_parameter
 from optimd.wire.paging import paginate
@@ -23,7 +22,8 @@ class JobRequest:
     job: str
     private: bool
     worker_id: str
-    rank: int
+    rank: int | None
+    """None: the server chooses it."""
     rule: str
     on_existing: job_pb2.OnExisting
     aggregation: job_pb2.Aggregation
@@ -33,17 +33,19 @@ class JobRequest:
     nonfinite: job_pb2.NonFinite
 
 
-def opening_messages(
-    request: JobRequest, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]
-) -> Iterator[bytes]:
-    """What opens a job."""
+def opening_messages(request: JobRequest, incarnation: int, *, returns_at_step: int | None = None) -> Iterator[bytes]:
+    """What opens a job: the pages of a layout follow.
+
+    Args:
+        request: Which job, and as whom.
+        incarnation: Which process it is.
+        returns_at_step: The job step that its parameters are of, where it has been in the job.
+    """
     yield encode(
         training_pb2.TrainRequest(
             open=job_pb2.OpenJob(
                 job=request.job,
-                worker=job_pb2.WorkerIdentity(
-                    worker_id=request.worker_id, rank=request.rank, incarnation=secrets.randbits(64)
-                ),
+                worker=job_pb2.WorkerIdentity(worker_id=request.worker_id, rank=request.rank, incarnation=incarnation),
                 on_existing=request.on_existing,
                 aggregation=request.aggregation,
                 apply=request.apply,
@@ -52,33 +54,39 @@ def opening_messages(
                 client_version=version("optimd"),
                 max_grad_norm=request.max_grad_norm,
                 nonfinite=request.nonfinite,
+                returns_at_step=returns_at_step,
             )
         )
     )
-    yield from layout_messages(request.rule, 0, groups, parameters)
+
+
+def group_messages(rule: str, first: int, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
+    """What describes the groups of a layout.
+
+    Args:
+        rule: The update rule, by the schema's name.
+        first: The index of the first group.
+        groups: torch's param_groups.
+    """
+    return [
+        encode_group(index, rule, group, parameter_count=len(group["params"]))
+        for index, group in enumerate(groups, first)
+    ]
 
 
 def layout_messages(
-    rule: str,
-    first: int,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[param_group_pb2.ParamGroup],
     parameters: Sequence[Parameter],
     carried: Mapping[int, int] | None = None,
 ) -> Iterator[bytes]:
     """The pages of a layout.
 
     Args:
-        rule: The update rule, by the schema's name.
-        first: The index of the first group.
-        groups: torch's param_groups.
+        groups: Its groups.
         parameters: What describes their parameters.
         carried: Which of these keep the state of which of the job's, where the layout replaces another.
     """
-    messages = (
-        encode_group(index, rule, group, parameter_count=len(group["params"]))
-        for index, group in enumerate(groups, first)
-    )
-    for page, _ in paginate(messages):
+    for page, _ in paginate(groups):
         yield encode(training_pb2.TrainRequest(layout=job_pb2.LayoutPage(groups=page)))
     pairs = (job_pb2.CarriedState(parameter=new, carried_from=old) for new, old in (carried or {}).items())
     for carried_page, _ in paginate(pairs):

@@ -17,33 +17,88 @@ from optimd.wire.limits import MAX_BUCKET_BYTES, MIN_BUCKET_BYTES
 class Sync:
     """Synchronous training: a step is one contribution of every live worker.
 
-    All workers of a job give the same.
+    A worker that joins later does so between two steps. One that dies is not waited for once its lease has ended (the
+    server's `--lease-s`); one that leaves, at once. Gradients that come too late, or of which only a part has come, are
+    in no step. All workers of a job give the same.
 
     Raises:
-        ConfigurationError: a number is out of range or a word unknown.
+        ConfigurationError: a number is out of range, a word unknown, or two settings contradict each other.
     """
 
-    world_size: int | None = None
+    world_size: int | Literal["elastic"] | None = None
     """How many workers the first step waits for. None: `ProxyOptions.world_size`."""
 
     reduction: Literal["mean", "sum"] = "mean"
     """How the workers' gradients become one. They are added up in their own dtype, and a mean divides the sum: with
     float16, gradients near the end of its range overflow where dividing first would not."""
 
+    backup_workers: int = 0
+    """How many workers a step can do without: of `world_size` pushes it is made of the first `world_size -
+    backup_workers` complete ones, and the slower ones are dropped (Chen et al., "Revisiting Distributed Synchronous
+    SGD", 2016). Less than `world_size`, which must be a number. Takes memory for one gradient a worker."""
+
+    deterministic: bool = False
+    """Whether gradients are added up in order of rank rather than as they come, so that a run of the same workers
+    repeats bit for bit. Takes memory for one gradient a worker."""
+
+    on_loss: Literal["shrink", "wait"] = "shrink"
+    """What becomes of the place of a worker that died. Shrink: steps go on without it, and a mean divides by those that
+    are left. Wait: steps wait until it is started again, under its `worker_id` or its rank; a script that takes up its
+    data at `opt.next_sequence` then comes to the same weights as if nothing had happened."""
+
     timeout_s: float = 300.0
-    """How long a worker waits in `step()` for the others, in seconds."""
+    """How long complete pushes wait for a worker that is alive and does not push, in seconds. Then the step is made
+    without it, and it is waited for again once it has pushed; with `on_loss="wait"`, `step()` raises
+    `StepTimeoutError` in those that wait, and can be called again."""
 
     join_timeout_s: float = 300.0
     """How long a worker waits for the others to join before the first step, in seconds."""
 
     def __post_init__(self) -> None:
-        if self.world_size is not None and self.world_size < 1:
+        if self.world_size is not None and self.world_size != "elastic" and self.world_size < 1:
             raise ConfigurationError(f"Sync(world_size={self.world_size}): at least 1 is needed")
         if self.reduction not in ("mean", "sum"):
             raise ConfigurationError(f'Sync(reduction={self.reduction!r}): "mean" or "sum" is needed')
-        for name in ("timeout_s", "join_timeout_s"):
-            if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
-                raise ConfigurationError(f"Sync({name}={getattr(self, name)}): a positive number of seconds is needed")
+        if self.on_loss not in ("shrink", "wait"):
+            raise ConfigurationError(f'Sync(on_loss={self.on_loss!r}): "shrink" or "wait" is needed')
+        if self.backup_workers < 0:
+            raise ConfigurationError(f"Sync(backup_workers={self.backup_workers}): it must not be negative")
+        _check_times("Sync", timeout_s=self.timeout_s, join_timeout_s=self.join_timeout_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Async:
+    """Asynchronous training: each push is a step of its own, applied as it arrives, and nobody waits for anybody.
+
+    With a bound it is stale synchronous parallel (Ho et al., "More Effective Distributed ML via a Stale Synchronous
+    Parallel Parameter Server", 2013). All workers of a job give the same. A worker that joins later, or comes back,
+    starts as one of the slowest.
+
+    Raises:
+        ConfigurationError: a number is out of range.
+    """
+
+    max_staleness: int | None = None
+    """How many pushes a worker may be ahead of the slowest live one and still be given parameters: `step()` of one that
+    is further ahead waits. 0: everybody makes the same number of steps. None: nobody waits."""
+
+    timeout_s: float = 300.0
+    """How long a worker waits for slower ones, in seconds. Then those are not waited for any more until they begin
+    their next push."""
+
+    join_timeout_s: float = 300.0
+    """How long a worker waits for another one that is uploading parameters, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.max_staleness is not None and not 0 <= self.max_staleness < 2**32:
+            raise ConfigurationError(f"Async(max_staleness={self.max_staleness}): 0 or more is needed, or None")
+        _check_times("Async", timeout_s=self.timeout_s, join_timeout_s=self.join_timeout_s)
+
+
+def _check_times(kind: str, **times: float) -> None:
+    for name, seconds in times.items():
+        if not 0 < seconds <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"{kind}({name}={seconds}): a positive number of seconds is needed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +109,20 @@ class ProxyOptions:
         ConfigurationError: a number is out of range or a word unknown.
     """
 
-    aggregation: Sync = Sync()
+    aggregation: Sync | Async = Sync()
     """How the pushes of several workers become steps."""
 
     rank: int | None = None
-    """This worker's rank, from 0. None: torchrun's `RANK`, else 0."""
+    """This worker's rank, from 0. None: torchrun's `RANK`, else 0; where workers come and go as they like ("elastic",
+    or asynchronous) and no torchrun has started them, the lowest that is free."""
 
-    world_size: int | None = None
-    """How many workers train. None: torchrun's `WORLD_SIZE`, else 1."""
+    world_size: int | Literal["elastic"] | None = None
+    """How many workers train, or "elastic": whoever is there, from the first on. None: torchrun's `WORLD_SIZE`, else 1.
+    An asynchronous job waits for no number."""
 
     worker_id: str | None = None
-    """This worker's name in the job, the same when it is restarted. None: host name and local rank."""
+    """This worker's name in the job, the same when it is restarted. None: host name and local rank; host name and
+    process where the server chooses the rank."""
 
     on_existing: Literal["resume", "fail", "replace"] = "resume"
     """What to do where the job exists: go on from where it stands, raise `JobExistsError`, or start it anew if
@@ -72,7 +130,8 @@ class ProxyOptions:
 
     apply: Literal["auto", "streaming", "atomic"] = "auto"
     """When the server applies a push: each bucket as it arrives, or all of them when every worker has pushed. Auto:
-    streaming with one worker, atomic with several."""
+    streaming with one worker and in an asynchronous job, atomic with several. Streaming with several synchronous
+    workers, one that is lost midway has its gradients in some buckets and not in others."""
 
     master_dtype: torch.dtype | None = None
     """A real floating-point dtype, such as torch.float32, in which the server keeps values and state of the parameters
@@ -97,12 +156,12 @@ class ProxyOptions:
     """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
 
     retry_timeout_s: float = 60.0
-    """How long to try to reach the server, in seconds."""
+    """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 0:
             raise ConfigurationError(f"ProxyOptions(rank={self.rank}): ranks count from 0")
-        if self.world_size is not None and self.world_size < 1:
+        if self.world_size is not None and self.world_size != "elastic" and self.world_size < 1:
             raise ConfigurationError(f"ProxyOptions(world_size={self.world_size}): at least 1 is needed")
         if self.on_existing not in ("resume", "fail", "replace"):
             raise ConfigurationError(
@@ -132,6 +191,13 @@ class ProxyOptions:
             raise ConfigurationError(
                 f'ProxyOptions(nonfinite={self.nonfinite!r}): "allow", "skip" or "error" is needed'
             )
+        if self.apply == "streaming" and isinstance(self.aggregation, Sync):
+            asked = "backup_workers" if self.aggregation.backup_workers else "on_loss"
+            if self.aggregation.backup_workers or self.aggregation.on_loss == "wait":
+                raise ConfigurationError(
+                    f'ProxyOptions(apply="streaming"): {asked} of Sync needs steps of which nothing is applied before '
+                    'all of it is there; leave apply at "auto", or choose "atomic"'
+                )
         if self.apply == "streaming" and (self.max_grad_norm is not None or self.nonfinite != "allow"):
             raise ConfigurationError(
                 'ProxyOptions(apply="streaming"): max_grad_norm and nonfinite look at a whole step before any of it is '

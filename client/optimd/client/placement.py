@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from optimd.client.embedded import embedded_server
 from optimd.client.environment import WorkerEnvironment
 from optimd.client.exceptions import ConfigurationError
 from optimd.client.layoutexchange import JobRequest
-from optimd.client.options import ProxyOptions
+from optimd.client.options import Async, ProxyOptions, Sync
 from optimd.v1 import job_pb2
 
 _ON_EXISTING: Final = {
@@ -31,6 +32,7 @@ _NONFINITE: Final = {
     "error": job_pb2.NON_FINITE_ERROR,
 }
 _REDUCTION: Final = {"mean": job_pb2.REDUCTION_MEAN, "sum": job_pb2.REDUCTION_SUM}
+_ON_LOSS: Final = {"shrink": job_pb2.ON_LOSS_SHRINK, "wait": job_pb2.ON_LOSS_WAIT}
 
 # What the workers of one torchrun call their job on the server that only they can reach.
 _GROUP_JOB: Final = "torchrun"
@@ -70,8 +72,10 @@ class Placement:
     find_server: Callable[[], str]
     """The server's address. Starts the embedded server where that is meant; blocks meanwhile."""
     request: JobRequest
-    world_size: int
-    """How many workers train."""
+    world_size: int | None
+    """How many workers train; None where they come and go."""
+    is_embedded: bool
+    """Whether the server is one that nobody starts again."""
 
 
 def place(
@@ -97,36 +101,41 @@ def place(
         ConfigurationError: arguments and environment do not say where, or contradict each other.
     """
     world_size = _world_size(options, environment)
+    # What this process knows of how many there are, elastic or not.
+    count = environment.world_size if world_size is None else world_size
     rank = environment.rank if options.rank is None else options.rank
-    if rank >= world_size:
+    if rank is None and world_size is not None:
+        rank = 0
+    if rank is not None and world_size is not None and rank >= world_size:
         raise ConfigurationError(
             f"rank {rank} does not fit world_size {world_size}: set both in ProxyOptions, or start the workers "
             "with torchrun"
         )
+    aggregation = _aggregation(options.aggregation, world_size)
     address = server or environment.server
     if address is not None:
         _check_address(address)
-    elif world_size > environment.local_world_size or (world_size > 1 and environment.host_group is None):
+    elif count > environment.local_world_size or (count > 1 and environment.host_group is None):
         raise ConfigurationError(
-            f"{world_size} workers that no torchrun has started together on this host need a server that all of "
+            f"{count} workers that no torchrun has started together on this host need a server that all of "
             'them can reach: start one with `optimd serve` and pass server="host:port" (or set OPTIMD_SERVER)'
         )
     name = None if private else job or environment.job or environment.run_id
-    private = name is None and world_size == 1
+    private = name is None and count == 1 and (private or world_size is not None)
     if private:
         name = f"private-{uuid.uuid4()}"
     elif name is None:
         if address is not None:
             raise ConfigurationError(
-                f"{world_size} workers of one job need a common name for it: pass job=..., set OPTIMD_JOB, or give "
-                "torchrun a --rdzv-id"
+                "several workers of one job need a common name for it: pass job=..., set OPTIMD_JOB, or give torchrun "
+                "a --rdzv-id"
             )
         name = _GROUP_JOB
-    group = environment.host_group if world_size > 1 else None
-    default_id = environment.default_worker_id if options.rank is None else f"{environment.host}-{rank}"
-    worker_id = options.worker_id or default_id
+    group = environment.host_group if count > 1 else None
+    worker_id = options.worker_id or _default_worker_id(options, environment, rank)
     return Placement(
         world_size=world_size,
+        is_embedded=address is None,
         find_server=(lambda: address) if address is not None else (lambda: embedded_server(group).address),
         request=JobRequest(
             job=names.take(name, worker_id),
@@ -135,14 +144,7 @@ def place(
             rank=rank,
             rule=rule,
             on_existing=_ON_EXISTING[options.on_existing],
-            aggregation=job_pb2.Aggregation(
-                sync=job_pb2.SyncAggregation(
-                    world_size=world_size,
-                    reduction=_REDUCTION[options.aggregation.reduction],
-                    timeout_s=options.aggregation.timeout_s,
-                    join_timeout_s=options.aggregation.join_timeout_s,
-                )
-            ),
+            aggregation=aggregation,
             apply=_APPLY[options.apply],
             bucket_bytes=options.bucket_bytes or 0,
             max_grad_norm=options.max_grad_norm,
@@ -151,14 +153,54 @@ def place(
     )
 
 
-def _world_size(options: ProxyOptions, environment: WorkerEnvironment) -> int:
-    asked = {size for size in (options.world_size, options.aggregation.world_size) if size is not None}
+def _default_worker_id(options: ProxyOptions, environment: WorkerEnvironment, rank: int | None) -> str:
+    if rank is None:
+        # Nobody has numbered the workers: any number of them may be on this host.
+        return f"{environment.host}-{os.getpid()}"
+    return environment.default_worker_id if options.rank is None else f"{environment.host}-{rank}"
+
+
+def _aggregation(aggregation: Sync | Async, world_size: int | None) -> job_pb2.Aggregation:
+    if isinstance(aggregation, Async):
+        return job_pb2.Aggregation(
+            asynchronous=job_pb2.AsyncAggregation(
+                max_staleness=aggregation.max_staleness,
+                timeout_s=aggregation.timeout_s,
+                join_timeout_s=aggregation.join_timeout_s,
+            )
+        )
+    if aggregation.backup_workers and (world_size is None or aggregation.backup_workers >= world_size):
+        raise ConfigurationError(
+            f"Sync(backup_workers={aggregation.backup_workers}) leaves no worker of "
+            f"{'an elastic job' if world_size is None else world_size} that a step can rely on: it must be less than "
+            "world_size, and that a number"
+        )
+    return job_pb2.Aggregation(
+        sync=job_pb2.SyncAggregation(
+            world_size=world_size or 0,
+            reduction=_REDUCTION[aggregation.reduction],
+            timeout_s=aggregation.timeout_s,
+            join_timeout_s=aggregation.join_timeout_s,
+            backup_workers=aggregation.backup_workers,
+            deterministic=aggregation.deterministic,
+            on_loss=_ON_LOSS[aggregation.on_loss],
+        )
+    )
+
+
+def _world_size(options: ProxyOptions, environment: WorkerEnvironment) -> int | None:
+    """How many workers train; None where they come and go as they like."""
+    asked = {options.world_size} - {None}
+    if isinstance(options.aggregation, Async):
+        return None
+    asked |= {options.aggregation.world_size} - {None}
     if len(asked) > 1:
         raise ConfigurationError(
             f"ProxyOptions(world_size={options.world_size}) and Sync(world_size={options.aggregation.world_size}) "
             "differ"
         )
-    return asked.pop() if asked else environment.world_size
+    size = asked.pop() if asked else environment.world_size
+    return size if isinstance(size, int) else None
 
 
 def _check_address(address: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -18,7 +19,7 @@ from optimd.client.buffers import AttachedBuffers
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import ConfigurationError, JobMismatchError, OptimizerClosedError
-from optimd.client.options import ProxyOptions
+from optimd.client.options import ProxyOptions, Sync
 from optimd.client.parameters import gradients, refuse_shared_memory, titles
 from optimd.client.placement import names, place
 from optimd.client.receipts import StepReceipt
@@ -73,9 +74,14 @@ class OptimizerProxy(RemoteOptimizer):
         try:
             connection = Connection(placement.find_server())
             connection.probe(options.retry_timeout_s)
-            session = Session(connection, placement.request)
+            session = Session(
+                connection,
+                placement.request,
+                retry_timeout_s=0 if placement.is_embedded else options.retry_timeout_s,
+                tensors=functools.partial(_tensors_of, weakref.ref(self)),
+            )
             if self._is_made_here():
-                self._check_made_here(placement.world_size)
+                self._check_made_here(alone=session.is_alone)
             adopted = session.open(self.param_groups, tensors, parameters)
         except BaseException:
             names.give_back(*name)
@@ -112,6 +118,11 @@ class OptimizerProxy(RemoteOptimizer):
     def next_sequence(self) -> int:
         """The number of this worker's next step, over all of its restarts: where to take up its data."""
         return self._open_session().next_sequence
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank: the one that it was given, or that the server chose for it."""
+        return self._open_session().rank
 
     @property
     def resumed(self) -> bool:
@@ -354,9 +365,8 @@ class OptimizerProxy(RemoteOptimizer):
         with self._having_state(here):
             super().__setstate__(state)
             entries = self._entries_here()
-        aggregation = dataclasses.replace(options.aggregation, world_size=None)
         alone = dataclasses.replace(
-            options, aggregation=aggregation, rank=0, world_size=1, worker_id=None, on_existing="resume"
+            options, aggregation=Sync(), rank=0, world_size=1, worker_id=None, on_existing="resume"
         )
         self._connect(server, None, alone, private=True)
         self._open_session().load(self.param_groups, entries, force=False)
@@ -427,6 +437,11 @@ def _refuse_repetition(group: Mapping[str, Any]) -> None:
                 "each once"
             )
         seen[id(tensor)] = index
+
+
+def _tensors_of(optimizer: weakref.ref[OptimizerProxy]) -> Sequence[torch.Tensor]:
+    here = optimizer()
+    return [] if here is None else here._tensors()  # noqa: SLF001  # its own
 
 
 def _let_go(session: Session) -> None:

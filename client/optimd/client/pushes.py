@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,16 @@ def push_messages(
     yield from state_buckets(layout, push.states)
     count = 0
     for message_bytes in gradient_messages(layout, () if push.skipped else push.grads):
+        yield message_bytes
+        count += 1
+    yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
+
+
+def repeated_messages(layout: JobLayout, push: Push, buckets: Collection[int]) -> Iterator[bytes]:
+    """The messages that push some buckets again, in order."""
+    grads = {index: grad for index, grad in enumerate(push.grads) if grad is not None}
+    count = 0
+    for message_bytes in tensor_buckets(layout, GRADIENT, grads, buckets):
         yield message_bytes
         count += 1
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))

@@ -16,17 +16,30 @@ class StepReceipt:
 
     step: int
     """The job step that the gradients went into: the number of committed steps, this one included. Where nothing was
-    applied, the job's last step, as before."""
+    applied, the job step that the worker has the parameters of now."""
 
     outcome: str
-    """What became of the gradients: "applied", or "skipped_nonfinite" where nothing of them was applied because they,
-    or the step's gradient, were not finite. What was pushed besides gradients holds nevertheless."""
+    """What became of the gradients, exactly one of these: "applied": they are the step, alone. "merged": they are in
+    the step, with those of other workers. "dropped_late": they are in no step, since the job had gone on without this
+    worker; it has the job's parameters now. "skipped_nonfinite": nothing of them was applied because they, or the
+    step's gradient, were not finite; what was pushed besides gradients holds nevertheless."""
 
     contributors: tuple[int, ...]
-    """The ranks whose gradients are in the step, ascending."""
+    """The ranks whose gradients are in the step, ascending. Empty where nothing was applied."""
 
     partial_contributors: tuple[int, ...]
-    """Those of them that were lost midway: their gradients are in some buckets only."""
+    """Those of them that were lost or left behind midway: their gradients are in some buckets only."""
+
+    staleness: int
+    """How many job steps others had committed between this worker's pull and the application of its gradients, the most
+    over its buckets: 0 in a synchronous job. Of gradients that were dropped: how many steps they came too late."""
+
+    lag: int
+    """How many pushes this worker was ahead of the slowest live one when it was given parameters, both counted since
+    the later of them joined. At most `Async.max_staleness`; 0 in a synchronous job."""
+
+    resumed: bool
+    """Whether the line broke during the step, and the push was taken up again on a new one."""
 
     hyperparameters_disagreed: bool
     """Whether contributors had different param_groups. Those of the lowest rank held."""
@@ -47,13 +60,19 @@ class StepReceipt:
 
 
 def decode_receipt(
-    message: training_pb2.StepReceipt, *, contributed: bool = True, bytes_sent: int = 0, bytes_received: int = 0
+    message: training_pb2.StepReceipt,
+    *,
+    contributed: bool = True,
+    resumed: bool = False,
+    bytes_sent: int = 0,
+    bytes_received: int = 0,
 ) -> StepReceipt:
     """The receipt that `message` is.
 
     Args:
         message: As the server sent it.
         contributed: Whether this worker contributed to the step.
+        resumed: Whether the push was taken up again on a new line.
         bytes_sent: Bytes of the step's messages to the server.
         bytes_received: Bytes of the step's messages from the server.
     """
@@ -63,6 +82,9 @@ def decode_receipt(
         outcome=training_pb2.StepOutcome.Name(message.outcome).removeprefix("STEP_OUTCOME_").lower(),
         contributors=tuple(message.contributors),
         partial_contributors=tuple(message.partial_contributors),
+        staleness=message.staleness,
+        lag=message.lag,
+        resumed=resumed,
         hyperparameters_disagreed=message.hyperparameters_disagreed,
         grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
         pushed_differently=tuple(message.pushed_differently),

@@ -192,17 +192,17 @@ class RemoteOptimizer(Optimizer):
         """A parameter's state as torch's step would have left it."""
         raise NotImplementedError
 
-    def _check_made_here(self, world_size: int) -> None:
+    def _check_made_here(self, *, alone: bool) -> None:
         """Checks that nobody and nothing else has a say in steps that are made in this process.
 
         Raises:
             ConfigurationError: there are several workers, or the server was to do something to gradients.
         """
         options = self._requested[1]
-        if world_size > 1:
+        if not alone:
             raise ConfigurationError(
-                f"{self._made_here_by} has the step made in the worker, and {world_size} workers would make different "
-                "ones; use one worker"
+                f"{self._made_here_by} has the step made in the worker, and several workers would make different ones; "
+                "use one worker, synchronous"
             )
         if options.max_grad_norm is not None or options.nonfinite != "allow" or options.master_dtype is not None:
             raise ConfigurationError(
@@ -238,7 +238,7 @@ class RemoteOptimizer(Optimizer):
 
     def _step_here(self, session: Session, tensors: Sequence[torch.Tensor]) -> Push:
         """Makes the step in this process. What it led to is what goes to the server."""
-        self._check_made_here(session.world_size)
+        self._check_made_here(alone=session.is_alone)
         if self._state_here is None:
             self._state_here = defaultdict(dict, self._content())
         self._follow_layout(session, tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,14 +33,19 @@ def bucket_message(kind: str, bucket: Bucket, present: Sequence[bool], reader: F
     return encode(training_pb2.TrainRequest(bucket=header), reader.parts(kind, bucket, present))
 
 
-def tensor_buckets(layout: JobLayout, kind: str, tensors: Mapping[int, torch.Tensor]) -> Iterator[bytes]:
-    """The buckets that have any of these tensors, which are of one kind, by parameter index. Without any, none."""
+def tensor_buckets(
+    layout: JobLayout, kind: str, tensors: Mapping[int, torch.Tensor], wanted: Collection[int] | None = None
+) -> Iterator[bytes]:
+    """The buckets that have any of these tensors, which are of one kind, by parameter index. Without any, none.
+
+    Where only some buckets are `wanted`, by id, the others are left out.
+    """
     if not tensors:
         return
     reader = FlatReader(tensors, layout.parameters)
     for bucket in layout.buckets:
         present = [piece.parameter in tensors for piece in bucket.slices]
-        if any(present):
+        if any(present) and (wanted is None or bucket.bucket_id in wanted):
             yield bucket_message(kind, bucket, present, reader)
 
 

@@ -29,6 +29,7 @@ EXCEPTION_OF_REASON: Final[dict[str, type[exceptions.OptimdError]]] = {
     "JOB_DELETED": exceptions.JobDeletedError,
     "ACCUMULATION_LOST": exceptions.AccumulationLostError,
     "NONFINITE_GRADIENT": exceptions.NonFiniteGradientError,
+    "SUPERSEDED": exceptions.SupersededError,
 }
 """The exception that each reason is raised as."""
 

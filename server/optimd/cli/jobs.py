@@ -52,14 +52,17 @@ def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = F
         f"{summary.parameter_count} tensors and {answer.bucket_count} buckets on {summary.device}; values "
         f"{megabytes(summary.value_bytes)}, state {megabytes(summary.state_bytes)}; "
         f"{job_pb2.ApplyMode.Name(answer.apply).removeprefix('APPLY_MODE_').lower()} apply, "
-        f"{answer.aggregation.sync.world_size} synchronous workers"
+        f"{_policy(answer.aggregation)}"
     )
-    table = Table("rank", "worker", "steps", "received", "sent")
+    table = Table("rank", "worker", "steps", "dropped", "lag", "heard", "received", "sent")
     for worker in answer.workers:
         table.add_row(
             str(worker.worker.rank),
             escape(worker.worker.worker_id),
             str(worker.pushes),
+            str(worker.dropped),
+            str(worker.lag),
+            f"{worker.silent_s:.1f} s ago" + ("" if worker.connected else ", line broken"),
             megabytes(worker.bytes_received),
             megabytes(worker.bytes_sent),
         )
@@ -75,6 +78,19 @@ def delete_job(
     """Drop a job, its parameters and its state. There is no way back."""
     Admin(server).delete(job, force=force)
     typer.echo(f"job {job} is deleted")
+
+
+def _policy(aggregation: job_pb2.Aggregation) -> str:
+    if aggregation.WhichOneof("policy") == "asynchronous":
+        bound = aggregation.asynchronous
+        return "asynchronous" + (f", at most {bound.max_staleness} ahead" if bound.HasField("max_staleness") else "")
+    sync = aggregation.sync
+    return (
+        (f"{sync.world_size} synchronous workers" if sync.world_size else "synchronous workers that come and go")
+        + (f", {sync.backup_workers} of them backups" if sync.backup_workers else "")
+        + (", in order of rank" if sync.deterministic else "")
+        + (", lost ones awaited" if sync.on_loss == job_pb2.ON_LOSS_WAIT else "")
+    )
 
 
 def megabytes(nbytes: int) -> str:

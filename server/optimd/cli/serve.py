@@ -17,6 +17,10 @@ def serve(
     device: Annotated[str, typer.Option(help=ServerConfig.help_of("device"))] = _DEFAULTS.device,
     threads: Annotated[int, typer.Option(help=ServerConfig.help_of("threads"))] = _DEFAULTS.threads,
     max_workers: Annotated[int, typer.Option(help=ServerConfig.help_of("max_workers"))] = _DEFAULTS.max_workers,
+    max_job_workers: Annotated[
+        int, typer.Option(help=ServerConfig.help_of("max_job_workers"))
+    ] = _DEFAULTS.max_job_workers,
+    lease_s: Annotated[float, typer.Option(help=ServerConfig.help_of("lease_s"))] = _DEFAULTS.lease_s,
     max_jobs: Annotated[int, typer.Option(help=ServerConfig.help_of("max_jobs"))] = _DEFAULTS.max_jobs,
     max_job_bytes: Annotated[int, typer.Option(help=ServerConfig.help_of("max_job_bytes"))] = _DEFAULTS.max_job_bytes,
     insecure: Annotated[bool, typer.Option(help=ServerConfig.help_of("insecure"))] = _DEFAULTS.insecure,
@@ -38,6 +42,8 @@ def serve(
         device=device,
         threads=threads,
         max_workers=max_workers,
+        max_job_workers=max_job_workers,
+        lease_s=lease_s,
         max_jobs=max_jobs,
         max_job_bytes=max_job_bytes,
         insecure=insecure,

@@ -1,11 +1,12 @@
-"""The sum of several workers' gradients of one bucket."""
+"""Several workers' gradients of one bucket: their sum, or each for itself until they are added up in order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from optimd.server.aggregation import Worker
 from optimd.wire.layout import Bucket
 
 
@@ -100,3 +101,61 @@ class GradientAccumulator:
                     piece.add_(part)
                 else:
                     piece.copy_(part)
+
+
+class SeparateGradients:
+    """One bucket's gradients, held apart by worker until they are added up in order of rank.
+
+    So the sum has the same bits whoever came first, and a worker's part can be left out of it. Takes the memory of one
+    bucket for each worker that has pushed it, and keeps it for the steps that follow. Not thread-safe.
+
+    Args:
+        bucket: The bucket.
+        device: Where they live.
+    """
+
+    def __init__(self, bucket: Bucket, device: torch.device) -> None:
+        self._bucket = bucket
+        self._device = device
+        self._held: dict[Worker, GradientAccumulator] = {}
+        self._spare: list[GradientAccumulator] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody's are held."""
+        return not self._held
+
+    def add(self, worker: Worker, payload: torch.Tensor, present: Sequence[bool]) -> None:
+        """Takes one worker's gradients, as `GradientAccumulator.add` does."""
+        held = self._spare.pop() if self._spare else GradientAccumulator(self._bucket, self._device)
+        held.add(payload, present)
+        self._held[worker] = held
+
+    def discard(self, worker: Worker) -> None:
+        """Forgets what a worker gave, if anything."""
+        held = self._held.pop(worker, None)
+        if held is not None:
+            self.take_back(held)
+
+    def clear(self) -> None:
+        """Forgets what everybody gave, not the memory it took."""
+        for worker in list(self._held):
+            self.discard(worker)
+
+    def add_up(self, contributors: Iterable[Worker]) -> GradientAccumulator:
+        """The sum of what contributors gave, in order of rank. What they gave is used up.
+
+        Args:
+            contributors: Whose gradients count. Of one that gave none there are none.
+        """
+        held = [self._held.pop(worker) for worker in sorted(contributors) if worker in self._held]
+        total, *others = held or [GradientAccumulator(self._bucket, self._device)]
+        for other in others:
+            total.add(other.packed(), other.present)
+            self.take_back(other)
+        return total
+
+    def take_back(self, accumulator: GradientAccumulator) -> None:
+        """A sum, or what it was made of, is not needed any more: its memory is used again."""
+        accumulator.clear()
+        self._spare.append(accumulator)

@@ -1,17 +1,20 @@
 """How the pushes of several workers become steps: a state machine without I/O, clock or threads.
 
-Events go in (a worker joins, leaves, pushes a bucket, ends its push), decisions come out (apply this bucket with these
-contributors, commit this step, abandon it). Who calls it carries the decisions out and holds the tensors.
+Events go in (a worker joins, leaves, is lost, pushes a bucket, ends its push; time passes), decisions come out (apply
+this bucket with these contributors, commit this step, forget what that worker gave). Who calls it carries the decisions
+out and holds the tensors. `SyncAggregator` is here, its asynchronous twin in `staleness.py`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Worker(NamedTuple):
-    """A live worker. Workers are ordered by rank."""
+    """A worker. Workers are ordered by rank."""
 
     rank: int
     worker_id: str
@@ -34,10 +37,12 @@ class Commit:
     """The number of committed steps, this one included."""
     contributors: tuple[Worker, ...]
     """Whose gradients are in it, in order of rank."""
-    partial_contributors: tuple[Worker, ...]
-    """Those of them that were lost in the middle of their push."""
+    partial_contributors: tuple[Worker, ...] = ()
+    """Those of them that were lost, or left behind, in the middle of their push."""
     skipped: tuple[Worker, ...] = ()
     """Whose pushes end with the step though they brought no gradients, in order of rank."""
+    late: tuple[Worker, ...] = ()
+    """Who is in the middle of a push that nothing of is in the step: it comes too late, whatever follows of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,40 +60,105 @@ class Skip:
     """The number of committed steps, as it was before."""
     pushes: tuple[Worker, ...]
     """Whose pushes end with it, in order of rank."""
+    late: tuple[Worker, ...] = ()
+    """As in `Commit`."""
 
 
-Decision = ApplyBucket | Commit | Abandon | Skip
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Nothing of a worker's unfinished push counts: forget what it has given for these buckets.
+
+    Where gradients are added up as they come, that is all that anybody has given: the others push these buckets again.
+    """
+
+    worker: Worker
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeOut:
+    """Workers that the open step may not do without have not come: it fails for all that have begun it."""
+
+    missing: tuple[Worker, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """These workers, which have waited for slower ones, are given parameters."""
+
+    workers: tuple[Worker, ...]
+
+
+Decision = ApplyBucket | Commit | Abandon | Skip | Discard | TimeOut | Release
 
 
 class SyncAggregator:
-    """Synchronous steps: each is one push of every live worker, but for those that have nothing to give.
+    """Synchronous steps: each is one push of every worker that is awaited, but for those that have nothing to give.
 
-    A worker that is lost lowers the count of those waited for. What it had pushed of the open step stays in; the
-    `Commit` says who was lost in the middle of a push. Nobody begins a push before `world_size` workers have joined,
-    at the start and whenever all had left.
+    Awaited are the live workers. Nobody begins a push before `world_size` workers have joined, at the start and
+    whenever all had left; whoever joins later does so between two steps.
+
+    A worker that is lost in the middle of its push is no contributor: what it gave is taken out of the step again.
+    Where steps are streamed it is in already, and stays; the `Commit` then names it as partial. A push that is complete
+    counts, whatever becomes of its worker. With `on_loss="wait"` a lost worker is awaited still: when it comes back, it
+    pushes what is missing of its push.
+
+    A live worker that has not come `timeout_s` after somebody else's push was complete is left behind: the step is
+    committed without it, and it is awaited again once it has shown itself. Its push is then late. With
+    `on_loss="wait"` nobody is left behind: the step fails instead.
 
     Args:
-        world_size: How many workers the first step waits for; at least 1.
+        world_size: How many workers the first step waits for, at least 1; None for whoever is there.
         streaming: Whether a bucket is applied as soon as it is complete, or all of them with the step's last push.
+        backup_workers: How many pushes a step of `world_size` workers can do without: it is made of the first
+            `world_size - backup_workers` complete ones. Not with `streaming`.
+        separate: Whether the gradients of each worker are held apart until they are reduced, as `backup_workers` needs.
+            Else they are added up as they come, and cannot be told from each other any more.
+        on_loss: What becomes of a lost worker's place. "wait" not with `streaming`.
+        timeout_s: How long a complete push waits for live workers, in seconds.
         step: The number of steps committed so far.
     """
 
-    def __init__(self, *, world_size: int, streaming: bool, step: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        world_size: int | None,
+        streaming: bool,
+        backup_workers: int = 0,
+        separate: bool = False,
+        on_loss: Literal["shrink", "wait"] = "shrink",
+        timeout_s: float = math.inf,
+        step: int = 0,
+    ) -> None:
         self.world_size = world_size
         self.streaming = streaming
         self.step = step
+        self._backup_workers = backup_workers
+        self._separate = separate or backup_workers > 0
+        self._waits_for_lost = on_loss == "wait"
+        self._timeout_s = timeout_s
         self._live: set[Worker] = set()
+        # Lost, and awaited still.
+        self._absent: set[Worker] = set()
+        # Live, and not awaited.
+        self._left_behind: set[Worker] = set()
         self._formed = False
+        # Of the open step:
         self._begun: set[Worker] = set()
         self._ended: set[Worker] = set()
         self._skipped: set[Worker] = set()
-        self._lost: set[Worker] = set()
+        # Whose push stays in though it will not be completed.
+        self._torn: set[Worker] = set()
         self._pushed: dict[int, set[Worker]] = {}
         self._applied: set[int] = set()
+        self._owed: dict[Worker, set[int]] = {}
+        self._waited_since: float | None = None
+
+    # --- what it is
 
     @property
     def live(self) -> frozenset[Worker]:
-        """The workers that are in the job."""
+        """The workers that are in the job, those that are lost and awaited not among them."""
         return frozenset(self._live)
 
     @property
@@ -106,69 +176,130 @@ class SyncAggregator:
         """Whether enough workers have joined for pushes to begin."""
         return self._formed
 
+    def has_begun(self, worker: Worker) -> bool:
+        """Whether a push of the worker's is in the open step, complete or not."""
+        return worker in self._begun and worker not in self._torn
+
     def has_ended(self, worker: Worker) -> bool:
         """Whether a worker's push of the open step is complete."""
         return worker in self._ended
 
-    def missing(self) -> tuple[Worker, ...]:
-        """The live workers that the open step waits for, in order of rank."""
-        return tuple(sorted(self._live - self._ended))
+    def holds(self, worker: Worker, bucket_id: int) -> bool:
+        """Whether a worker's part of a bucket is in the open step already."""
+        return worker in self._ended or worker in self._pushed.get(bucket_id, ())
 
-    def join(self, worker: Worker) -> None:
-        """Lets a worker in; only between two steps."""
-        if self._begun:
+    def owed(self, worker: Worker) -> frozenset[int]:
+        """The buckets that a worker has to push again, since somebody else's share of them was discarded."""
+        return frozenset(self._owed.get(worker, ()))
+
+    def lag(self, _worker: Worker) -> int:
+        """None: all of them are at the same step."""
+        return 0
+
+    def missing(self) -> tuple[Worker, ...]:
+        """The workers that the open step waits for, in order of rank."""
+        return tuple(sorted(self._awaited() - self._ended))
+
+    # --- who is in it
+
+    def may_join(self, worker: Worker) -> bool:
+        """Whether a worker may join now: between two steps, or in the place of one that the open step waits for."""
+        return not self._begun or any(
+            _same_place(worker, absent) and (absent == worker or absent not in self._ended) for absent in self._absent
+        )
+
+    def join(self, worker: Worker) -> list[Decision]:
+        """Lets a worker in, where it may join.
+
+        One that was lost and is awaited comes back to its push. Another one in its place begins with none.
+        """
+        if not self.may_join(worker):
             raise RuntimeError(f"{worker} may not join in the middle of a step")
+        begun = set(self._begun)
+        decisions: list[Decision] = []
+        for absent in [absent for absent in self._absent if _same_place(worker, absent)]:
+            self._absent.discard(absent)
+            if absent != worker and absent in self._begun - self._ended:
+                decisions += self._discard(absent)
         self._live.add(worker)
-        self._formed = self._formed or len(self._live) >= self.world_size
+        needed = 1 if self.world_size is None else self.world_size
+        self._formed = self._formed or len(self._live | self._absent) >= needed
+        return decisions + self._after_loss(begun)
 
     def leave(self, worker: Worker) -> list[Decision]:
-        """A worker has left, in good order or not. Unknown workers are ignored.
+        """A worker has left for good. Unknown workers are ignored.
 
         Where nobody is left, a step of which buckets have been applied is closed: the rest of what was pushed is
         applied too, since nothing could take the applied ones back. A step of which nothing has been applied is
         abandoned.
         """
-        if worker not in self._live:
+        if worker not in self._live | self._absent:
             return []
-        begun = set(self._begun)
         self._live.discard(worker)
-        if worker in self._begun and worker not in self._ended:
-            if any(worker in pushed for pushed in self._pushed.values()):
-                self._lost.add(worker)
-            else:
-                # It had only said that it would: a step that nobody else has begun is not open.
-                self._begun.discard(worker)
-        self._formed = self._formed and bool(self._live)
-        if begun and (not self._begun or (not self._live and not self._applied)):
-            abandon = Abandon(tuple(sorted(begun)))
-            self._reset()
-            return [abandon]
-        return self._advance()
+        self._absent.discard(worker)
+        self._left_behind.discard(worker)
+        begun = set(self._begun)
+        decisions: list[Decision] = []
+        if worker in self._begun - self._ended - self._torn:
+            decisions += self._drop(worker)
+        self._owed.pop(worker, None)
+        self._formed = self._formed and bool(self._live | self._absent)
+        return decisions + self._after_loss(begun)
+
+    def lose(self, worker: Worker) -> list[Decision]:
+        """A worker's lease has ended. Unknown workers are ignored."""
+        if not self._waits_for_lost:
+            return self.leave(worker)
+        if worker in self._live:
+            self._live.discard(worker)
+            self._absent.add(worker)
+        return []
 
     def forget_step(self, step: int) -> None:
         """Drops the open step, which could not be applied: `step` steps are committed, and nobody has begun a push."""
         self.step = step
         self._reset()
 
-    def begin(self, worker: Worker) -> None:
-        """A worker begins its push. The job is formed, the worker live, and it has not begun one."""
+    # --- a push
+
+    def begin(self, worker: Worker, base_step: int) -> bool:
+        """A worker begins its push. The job is formed, the worker live, and it has not begun one.
+
+        Returns:
+            Whether the push is in the open step. Else it is late: its parameters come from an earlier step.
+        """
         if not self._formed or worker not in self._live or worker in self._begun:
             raise RuntimeError(f"{worker} cannot begin a push")
+        if base_step != self.step:
+            return False
+        self._left_behind.discard(worker)
         self._begun.add(worker)
+        return True
+
+    def catch_up(self, worker: Worker) -> None:
+        """A worker that was late is about to receive the parameters: it is awaited from now on."""
+        self._left_behind.discard(worker)
 
     def push(self, worker: Worker, bucket_id: int) -> list[Decision]:
-        """A worker has pushed a bucket: once in a step, between `begin` and `end`."""
+        """A worker has pushed a bucket: once in a step, but for those that it owes, between `begin` and `end`."""
         if not self._is_pushing(worker) or worker in self._pushed.get(bucket_id, ()):
             raise RuntimeError(f"{worker} cannot push bucket {bucket_id}")
         self._pushed.setdefault(bucket_id, set()).add(worker)
+        self._owed.get(worker, set()).discard(bucket_id)
         if self.streaming and self._is_complete(bucket_id):
             return [self._apply(bucket_id)]
         return []
 
     def end(self, worker: Worker, *, skipped: bool = False) -> list[Decision]:
-        """A worker has pushed all it had; nothing if it is `skipped`, and then it is no contributor of the step."""
+        """A worker has pushed all it had; nothing if it is `skipped`, and then it is no contributor of the step.
+
+        Does nothing where the worker owes buckets: it has to push these and end again.
+        """
         if not self._is_pushing(worker) or (skipped and any(worker in pushed for pushed in self._pushed.values())):
             raise RuntimeError(f"{worker} cannot end a push")
+        if self._owed.get(worker) and not skipped:
+            return []
+        self._owed.pop(worker, None)
         self._ended.add(worker)
         if skipped:
             self._skipped.add(worker)
@@ -184,44 +315,128 @@ class SyncAggregator:
         self._reset()
         return [Abandon((worker,))]
 
+    # --- time
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a complete push waits: whether `tick` has to be told of time."""
+        return bool(self._ended)
+
+    def tick(self, now: float) -> list[Decision]:
+        """Time has passed. `now` is in seconds and never goes back."""
+        if not self._ended:
+            self._waited_since = None
+            return []
+        if self._waited_since is None:
+            self._waited_since = now
+        if now < self._waited_since + self._timeout_s:
+            return []
+        self._waited_since = None
+        if self._waits_for_lost:
+            missing = self.missing()
+            self._reset()
+            return [TimeOut(missing)]
+        begun = set(self._begun)
+        decisions: list[Decision] = []
+        for worker in self.missing():
+            self._left_behind.add(worker)
+            if self._is_pushing(worker):
+                decisions += self._drop(worker)
+        return decisions + self._after_loss(begun)
+
+    # --- all of the above
+
+    def _awaited(self) -> set[Worker]:
+        return (self._live - self._left_behind) | self._absent
+
     def _is_pushing(self, worker: Worker) -> bool:
-        return worker in self._live and worker in self._begun and worker not in self._ended
+        return worker in self._live and worker in self._begun - self._ended - self._torn
+
+    def _drop(self, worker: Worker) -> list[Decision]:
+        """A push that will not be completed: it stays in as far as it came where steps are streamed, else it goes."""
+        if not self.streaming:
+            return self._discard(worker)
+        if any(worker in pushed for pushed in self._pushed.values()):
+            self._torn.add(worker)
+        else:
+            # It had only said that it would: a step that nobody else has begun is not open.
+            self._begun.discard(worker)
+            return [Discard(worker, ())]
+        return []
+
+    def _discard(self, worker: Worker) -> list[Decision]:
+        self._begun.discard(worker)
+        self._owed.pop(worker, None)
+        buckets = tuple(sorted(bucket_id for bucket_id, pushed in self._pushed.items() if worker in pushed))
+        for bucket_id in buckets:
+            others = self._pushed[bucket_id] - {worker}
+            if self._separate:
+                self._pushed[bucket_id] = others
+                continue
+            del self._pushed[bucket_id]
+            for other in others:
+                self._owed.setdefault(other, set()).add(bucket_id)
+                self._ended.discard(other)
+        # Whoever is gone cannot push again, not even a part of it.
+        gone = [other for other in self._owed if other not in self._live | self._absent and self._owed[other]]
+        return [Discard(worker, buckets), *(more for other in gone for more in self._discard(other))]
+
+    def _after_loss(self, begun: Collection[Worker]) -> list[Decision]:
+        """What follows where some of those that had `begun` may not be in the step any more."""
+        if begun and (not self._begun or not (self._live or self._absent or self._applied)):
+            self._reset()
+            return [Abandon(tuple(sorted(begun)))]
+        return self._advance()
 
     def _advance(self) -> list[Decision]:
-        """What follows from a change of who is live or has ended."""
+        """What follows from a change of who is awaited or has ended."""
         if not self._begun:
             return []
-        step_complete = self._live <= self._ended
+        step_complete = self._is_step_complete()
         decisions: list[Decision] = []
         if self.streaming or step_complete:
             decisions += [
                 self._apply(bucket_id)
                 for bucket_id in sorted(self._pushed)
-                if bucket_id not in self._applied and self._is_complete(bucket_id)
+                if bucket_id not in self._applied
+                and (self.streaming or self._pushed[bucket_id] & self._ended)
+                and (step_complete or self._is_complete(bucket_id))
             ]
         if step_complete:
             decisions.append(self._close())
         return decisions
 
+    def _is_step_complete(self) -> bool:
+        awaited = self._awaited()
+        if self._backup_workers and self.world_size is not None:
+            return len(self._ended) >= max(1, min(self.world_size - self._backup_workers, len(awaited)))
+        return awaited <= self._ended
+
     def _is_complete(self, bucket_id: int) -> bool:
-        return self._live <= self._pushed[bucket_id] | self._ended
+        return self._awaited() <= self._pushed[bucket_id] | self._ended
 
     def _apply(self, bucket_id: int) -> ApplyBucket:
         self._applied.add(bucket_id)
-        contributors = (self._pushed[bucket_id] | self._ended) - self._skipped
-        return ApplyBucket(bucket_id, tuple(sorted(contributors)))
+        contributors = self._pushed[bucket_id] | self._ended if self.streaming else self._ended
+        return ApplyBucket(bucket_id, tuple(sorted(contributors - self._skipped)))
 
     def _close(self) -> Commit | Skip:
         in_buckets = set().union(*self._pushed.values())
-        partial = self._lost & in_buckets
+        partial = self._torn & in_buckets
         contributors = (self._ended - self._skipped) | partial
+        late = tuple(sorted((self._begun & self._live) - self._ended - partial))
         ends: Commit | Skip
         if contributors:
             self.step += 1
-            skipped = tuple(sorted(self._skipped))
-            ends = Commit(self.step, tuple(sorted(contributors)), tuple(sorted(partial)), skipped)
+            ends = Commit(
+                self.step,
+                contributors=tuple(sorted(contributors)),
+                partial_contributors=tuple(sorted(partial)),
+                skipped=tuple(sorted(self._skipped)),
+                late=late,
+            )
         else:
-            ends = Skip(self.step, tuple(sorted(self._ended)))
+            ends = Skip(self.step, tuple(sorted(self._ended)), late)
         self._reset()
         return ends
 
@@ -229,6 +444,12 @@ class SyncAggregator:
         self._begun.clear()
         self._ended.clear()
         self._skipped.clear()
-        self._lost.clear()
+        self._torn.clear()
         self._pushed.clear()
         self._applied.clear()
+        self._owed.clear()
+        self._waited_since = None
+
+
+def _same_place(one: Worker, other: Worker) -> bool:
+    return one.worker_id == other.worker_id or one.rank == other.rank

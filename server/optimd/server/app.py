@@ -18,6 +18,7 @@ from optimd.server.errors import ConfigurationError
 from optimd.server.interceptor import ErrorTranslation
 from optimd.server.registry import JobRegistry
 from optimd.server.services import AdminService, Limits, OptimizerService
+from optimd.server.timekeeper import TimeKeeper
 from optimd.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 
 if TYPE_CHECKING:
@@ -36,14 +37,21 @@ _CHANNEL_OPTIONS: Final = (
     # Workers compute for minutes between two steps and ping meanwhile: that is no abuse.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # A worker whose machine is gone is noticed within a minute, so that others do not wait for it.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
     # Measured on TCP: frames of a bucket's size with a window above it gave 15-30 %.
     ("grpc.http2.max_frame_size", 4 * 1024 * 1024),
     ("grpc.http2.lookahead_bytes", 8 * 1024 * 1024),
 )
+
+
+_KEEPALIVE: Final = (
+    # The line of a worker whose machine is gone is closed within a minute, and its thread is free again.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+_TICK_S: Final = 0.25
+"""How often jobs are told of time, in seconds."""
 
 
 class Server:
@@ -61,16 +69,25 @@ class Server:
         self.device = config.resolved_device()
         limits = Limits(
             max_workers=config.max_workers,
+            max_job_workers=config.max_job_workers or config.max_workers,
             max_jobs=config.max_jobs,
             max_job_bytes=config.resolved_max_job_bytes(),
         )
-        self.registry = JobRegistry(self.device, max_jobs=limits.max_jobs, max_job_bytes=limits.max_job_bytes)
+        self.registry = JobRegistry(
+            self.device,
+            max_jobs=limits.max_jobs,
+            max_job_bytes=limits.max_job_bytes,
+            max_job_workers=limits.max_job_workers,
+            lease_s=config.lease_s,
+        )
+        self._keeper = TimeKeeper(self.registry, period_s=min(_TICK_S, config.lease_s / 4))
         self._service = OptimizerService(self.registry, limits)
         self._server = grpc.server(
             # A stream holds its thread; its worker may read state and watch steps besides.
             ThreadPoolExecutor(3 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
             interceptors=[ErrorTranslation()],
-            options=_CHANNEL_OPTIONS,
+            # A peer on this machine that is gone is seen to be; one that is stopped may rest for as long as it likes.
+            options=_CHANNEL_OPTIONS if config.socket_path is not None else (*_CHANNEL_OPTIONS, *_KEEPALIVE),
         )
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         add_AdminServiceServicer_to_server(AdminService(self.registry), self._server)
@@ -101,6 +118,7 @@ class Server:
             raise ConfigurationError(
                 f"cannot listen on {self._config.address}: {error}; choose another with --address"
             ) from error
+        self._keeper.start()
         before = set(threading.enumerate())
         self._server.start()
         self._grpc_threads = [thread for thread in threading.enumerate() if thread not in before]
@@ -115,6 +133,7 @@ class Server:
         for job in self.registry.all():
             if not job.drain(max(0.0, deadline - time.monotonic())):
                 _log.warning("job %s: stopped in the middle of step %d", job.name, job.step + 1)
+        self._keeper.stop()
         self._server.stop(grace=0.2).wait()
         # gRPC's own threads are daemons: one that is still on its way out when the interpreter ends is torn down inside
         # C++ code, and the process aborts instead of exiting with 0.

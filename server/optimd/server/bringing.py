@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optimd.server.aggregation import SyncAggregator
-from optimd.server.company import Company, JobPhase
-from optimd.server.content import JobContent
+from optimd.server.company import JobPhase
 from optimd.server.errors import JobMismatchError, LoadNeedsForceError, OutOfOrderError
-from optimd.server.membership import Member
-from optimd.server.readers import Readers
+from optimd.server.member import Member
+from optimd.server.parts import JobParts
 from optimd.server.store import StagedState, Store
 from optimd.wire.layout import Bucket, Parameter
 
@@ -34,32 +31,17 @@ class Bringing:
     happens under the job's lock, that of `changed`. Methods that wait say so.
 
     Args:
-        changed: The job's condition.
-        company: Who is in the job.
-        content: What it optimizes.
-        aggregator: The job's, which knows of its steps.
-        readers: Who reads it.
-        check_room: Checks, with the lock held, that the job may take so many more bytes, of what a message calls so.
+        parts: The job's.
         on_replaced: Called, with the lock held, when the parameters have become others.
     """
 
-    def __init__(
-        self,
-        changed: threading.Condition,
-        company: Company,
-        content: JobContent,
-        aggregator: SyncAggregator,
-        readers: Readers,
-        *,
-        check_room: Callable[[int, str], None],
-        on_replaced: Callable[[], None],
-    ) -> None:
-        self._changed = changed
-        self._company = company
-        self._content = content
-        self._aggregator = aggregator
-        self._readers = readers
-        self._check_room = check_room
+    def __init__(self, parts: JobParts, *, on_replaced: Callable[[], None]) -> None:
+        self._changed = parts.changed
+        self._company = parts.company
+        self._content = parts.content
+        self._aggregator = parts.aggregator
+        self._readers = parts.readers
+        self._check_room = parts.check_room
         self._on_replaced = on_replaced
 
     def grow(
@@ -202,11 +184,15 @@ class Bringing:
             self._company.bringing = member
             return False
 
-    def adopt(self, member: Member, first: int, count: int | None = None) -> AdoptedGroups:
-        """Gives a worker `count` of the job's groups, or all, from index `first` on."""
+    def adopt(self, member: Member, first: int, count: int | None = None, *, keeps: bool = False) -> AdoptedGroups:
+        """Gives a worker `count` of the job's groups, or all, from index `first` on.
+
+        One that `keeps` its own options, since it only comes back to the job, is given them to know.
+        """
         with self._changed:
             end = None if count is None else first + count
-            member.groups[first:end] = [dict(group) for group in self._content.groups[first:end]]
+            if not keeps:
+                member.groups[first:end] = [dict(group) for group in self._content.groups[first:end]]
             member.unchecked = True
             return AdoptedGroups(
                 groups=[dict(group) for group in self._content.groups[first:end]],
@@ -281,7 +267,7 @@ class Bringing:
             self._company.check_alive(member)
             self._content.load(staged, groups, digest)
             for other in self._company.members.values():
-                other.give(groups)
+                other.give(groups[: len(other.groups)])
             member.reserved_bytes = 0
             self._company.bringing = None
             self._changed.notify_all()

@@ -8,7 +8,7 @@ from typing import Final
 from optimd.server.errors import InvalidFieldError, LimitExceededError
 from optimd.server.incoming import Incoming
 from optimd.server.job import Job
-from optimd.server.membership import Member
+from optimd.server.member import Member
 from optimd.v1 import tensor_pb2, training_pb2
 from optimd.wire.buffers import Buffer, BufferValues, decode_buffer
 from optimd.wire.codec import encode

@@ -11,7 +11,7 @@ import torch
 
 from optimd.server.aggregation import Worker
 from optimd.server.errors import JobMismatchError, LimitExceededError, OutOfOrderError
-from optimd.server.membership import Member
+from optimd.server.member import Member
 from optimd.wire.buffers import Buffer, BufferValues, first_buffer_difference
 
 REFRESH_INTERVAL_S: Final = 30.0
@@ -195,6 +195,11 @@ class JobBuffers:
     def leave_locked(self, member: Member) -> None:
         """A worker of the job is leaving it. The caller notifies."""
         self._refresh.leave(member.worker)
+        self.disconnect_locked(member)
+
+    def disconnect_locked(self, member: Member) -> None:
+        """A worker's line is down: what it was to bring does not come. The caller notifies."""
+        self._refresh.decline(member.worker)
         if self._bringing is member:
             self._bringing, self._bringing_bytes = None, 0
 

@@ -41,6 +41,10 @@ class ServerConfig:
     max_workers: int = setting(
         256, "The most workers at once, over all jobs. Each holds a thread, and one more while it reads or watches."
     )
+    max_job_workers: int = setting(0, "The most workers of one job at once. 0: as many as the server takes in all.")
+    lease_s: float = setting(
+        15.0, "How long a worker that is not heard of stays in its job, in seconds. Others wait for it meanwhile."
+    )
     max_jobs: int = setting(1000, "The most jobs at once.")
     max_job_bytes: int = setting(
         0, "The most bytes that values and state of one job may take. 0: 80 % of the device's memory."
@@ -57,7 +61,9 @@ class ServerConfig:
         for name in ("max_workers", "max_jobs"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("threads", "max_job_bytes", "drain_timeout_s"):
+        if not 0.1 <= self.lease_s <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"lease_s is {self.lease_s}; it must be at least 0.1 seconds")
+        for name in ("threads", "max_job_workers", "max_job_bytes", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must not be negative")
         # A NaN is not negative either.

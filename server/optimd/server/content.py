@@ -176,9 +176,13 @@ class JobContent:
     def has_load(self, rank: int, load_count: int, digest: bytes) -> bool:
         """Whether a state_dict that a worker brings as load number `load_count` is there already.
 
+        In an asynchronous job the last one that is brought holds.
+
         Raises:
             JobMismatchError: another one is, or the worker has missed a load.
         """
+        if self._settings.is_async:
+            return load_count <= self.load_count and digest == self.load_digest
         if load_count == self.load_count and load_count:
             if digest != self.load_digest:
                 raise JobMismatchError(
@@ -194,15 +198,18 @@ class JobContent:
     def check_counts(self, rank: int, *, group_count: int, layout_count: int, load_count: int | None = None) -> None:
         """Checks that a worker has seen all groups, replacements and, if given, loads.
 
+        In an asynchronous job workers add groups and load when they come to it: others may be ahead.
+
         Raises:
             JobMismatchError: it has not.
         """
-        if group_count != len(self.groups):
+        is_async = self._settings.is_async
+        if group_count > len(self.groups) or (group_count < len(self.groups) and not is_async):
             raise JobMismatchError(
                 f"rank {rank} has {group_count} param groups, the job has {len(self.groups)}: every worker adds a "
                 "group between the same two steps"
             )
-        if load_count is not None and load_count != self.load_count:
+        if load_count is not None and load_count != self.load_count and not is_async:
             raise JobMismatchError(
                 f"rank {rank} has loaded {load_count} state_dicts, the job {self.load_count}: every worker loads an "
                 "equal one between the same two steps"
@@ -215,13 +222,17 @@ class JobContent:
 
     # --- options
 
+    def with_options(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A worker's options of the groups that it knows, and the job's of the others."""
+        return [*groups, *self.groups[len(groups) :]]
+
     def check_place_of_steps(self, groups: Sequence[dict[str, Any]]) -> None:
         """Checks that steps that are made in the worker are made in one.
 
         Raises:
             UpdateRefusedError: there may be several.
         """
-        if self._settings.world_size > 1 and any(update.is_made_in_worker(options) for options in groups):
+        if self._settings.world_size != 1 and any(update.is_made_in_worker(options) for options in groups):
             raise UpdateRefusedError(
                 "these options have the step made in the worker, which needs a job of one worker (world_size 1)"
             )

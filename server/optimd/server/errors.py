@@ -11,6 +11,7 @@
         ├── JobInUseError         JOB_IN_USE
         ├── JobDeletedError       JOB_DELETED
         ├── WorkerInUseError      WORKER_IN_USE     a live worker has that id or rank
+        ├── SupersededError       SUPERSEDED        another process has that id since
         ├── LimitExceededError    LIMIT_EXCEEDED
         ├── StepTimeoutError      STEP_TIMEOUT      others did not come in time
         ├── LoadNeedsForceError   LOAD_NEEDS_FORCE
@@ -101,6 +102,12 @@ class WorkerInUseError(RequestError):
     """A live worker of the job has that worker_id or that rank."""
 
     reason = "WORKER_IN_USE"
+
+
+class SupersededError(RequestError):
+    """Another process has taken the worker's id."""
+
+    reason = "SUPERSEDED"
 
 
 class LimitExceededError(RequestError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -20,10 +20,14 @@ class Incoming:
 
     Args:
         requests: The serialised messages; blocks until there is one, ends where the worker closes its side.
+        on_message: Called with each.
     """
 
-    def __init__(self, requests: Iterator[bytes]) -> None:
+    def __init__(self, requests: Iterator[bytes], on_message: Callable[[], None] = lambda: None) -> None:
         self._requests = requests
+        self._on_message = on_message
+        self.has_ended = False
+        """Whether nothing more will come: the worker has closed its side, or its line is down."""
         self.bytes_received = 0
 
     def receive(self) -> tuple[str, training_pb2.TrainRequest, Frame] | None:
@@ -34,8 +38,10 @@ class Incoming:
         """
         data = next(self._requests, None)
         if data is None:
+            self.has_ended = True
             return None
         self.bytes_received += len(data)
+        self._on_message()
         try:
             message, frame = decode(training_pb2.TrainRequest, data)
         except MalformedMessageError as error:

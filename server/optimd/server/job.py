@@ -7,6 +7,7 @@ lock. The calling threads are those of the workers' streams: the one that comple
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -17,26 +18,23 @@ from typing import Any
 
 import torch
 
-from optimd.server.aggregation import Decision, SyncAggregator
+from optimd.server.accumulating import Accumulating
+from optimd.server.aggregation import Decision, Worker
 from optimd.server.bringing import Bringing
 from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
-from optimd.server.errors import (
-    AccumulationLostError,
-    InvalidFieldError,
-    LimitExceededError,
-    OutOfOrderError,
-    RequestError,
-    ShuttingDownError,
-    UpdateRefusedError,
-)
-from optimd.server.membership import Member, WorkerRecord
+from optimd.server.errors import LimitExceededError
+from optimd.server.member import Member, WorkerRecord
+from optimd.server.parts import JobParts
+from optimd.server.policies import aggregator_for
+from optimd.server.pulling import Pulling
+from optimd.server.pushing import Pushing
 from optimd.server.readers import Readers, ReadHold
+from optimd.server.receipts import Receipt
 from optimd.server.settings import JobSettings
-from optimd.server.stepping import Round, Stepper
-from optimd.server.store import StagedState, Store
-from optimd.server.watching import CommittedStep, Contribution, StepHistory
+from optimd.server.store import Store
+from optimd.server.watching import StepHistory
 from optimd.wire.layout import Bucket, Parameter
 
 _log = logging.getLogger(__name__)
@@ -54,6 +52,8 @@ class Standing:
     """How often a state_dict has been loaded."""
     layout_count: int
     """How often the parameters have been replaced."""
+    receipt: Receipt | None
+    """What became of the worker's last push."""
 
 
 class Job:
@@ -66,9 +66,20 @@ class Job:
         settings: What its creator asked for.
         device: Where its tensors live.
         max_bytes: The most that it may take: values, state, buffers, held gradients, and what is on its way in.
+        max_workers: The most workers at once.
+        lease_s: How long a worker stays in it after it was last heard of, in seconds.
     """
 
-    def __init__(self, name: str, settings: JobSettings, device: torch.device, *, max_bytes: int = sys.maxsize) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: JobSettings,
+        device: torch.device,
+        *,
+        max_bytes: int = sys.maxsize,
+        max_workers: int = sys.maxsize,
+        lease_s: float = math.inf,
+    ) -> None:
         self.name = name
         self._max_bytes = max_bytes
         self.settings = settings
@@ -76,20 +87,11 @@ class Job:
         self._changed = threading.Condition()
         # All below: changed with self._changed held.
         self._content = JobContent(settings, device)
-        self._aggregator = SyncAggregator(world_size=settings.world_size, streaming=settings.apply == "streaming")
-        self._company = Company(name, settings, self._aggregator, self._changed)
-        self._stepper = self._new_stepper()
-        self._readers = Readers(self._changed)
-        self.bringing = Bringing(
-            self._changed,
-            self._company,
-            self._content,
-            self._aggregator,
-            self._readers,
-            check_room=self._check_room_locked,
-            on_replaced=self._renew_stepper_locked,
+        self._aggregator = aggregator_for(settings)
+        self._company = Company(
+            name, settings, self._aggregator, self._changed, lease_s=lease_s, max_workers=max_workers
         )
-        """What workers bring to it besides pushes."""
+        self._readers = Readers(self._changed)
         self.buffers = JobBuffers(
             self._changed,
             lambda member, condition, waiting_for: self._company.wait(
@@ -97,7 +99,26 @@ class Job:
             ),
             time.monotonic,
         )
-        self._draining = False
+        parts = JobParts(
+            name=name,
+            settings=settings,
+            changed=self._changed,
+            content=self._content,
+            aggregator=self._aggregator,
+            company=self._company,
+            readers=self._readers,
+            buffers=self.buffers,
+            history=self.history,
+            check_room=self._check_room_locked,
+        )
+        self.pushing = Pushing(parts)
+        """What workers push to it."""
+        self.pulling = Pulling(parts, self.pushing)
+        """What goes back to them."""
+        self.accumulating = Accumulating(parts)
+        """What it holds for their next pushes."""
+        self.bringing = Bringing(parts, on_replaced=self.pushing.renew_locked)
+        """What workers bring to it besides pushes."""
 
     # --- what it is. May be read without the lock
 
@@ -133,10 +154,29 @@ class Job:
         """How many workers are in the job. Does not wait for a step that is being applied."""
         return len(self._company.members)
 
+    @property
+    def has_connected_workers(self) -> bool:
+        """Whether a worker whose line is up is in the job. Does not wait, not even for the lock."""
+        return any(member.alive for member in tuple(self._company.members.values()))
+
+    @property
+    def lease_s(self) -> float:
+        """How long a worker stays in the job after it was last heard of, in seconds."""
+        return self._company.membership.lease_s
+
     def members(self) -> list[Member]:
         """The workers that are in the job, in order of rank."""
         with self._changed:
             return [self._company.members[worker] for worker in sorted(self._company.members)]
+
+    def silence_s(self, member: Member) -> float:
+        """How long ago a member was heard of last, in seconds."""
+        return max(0.0, time.monotonic() - self._company.membership.heard_s(member.worker))
+
+    def lag(self, member: Member) -> int:
+        """How many pushes a member is ahead of the slowest, in an asynchronous job."""
+        with self._changed:
+            return self._aggregator.lag(member.worker)
 
     def record(self, worker_id: str) -> WorkerRecord:
         """What the job remembers of a worker_id."""
@@ -159,86 +199,147 @@ class Job:
                 lambda: "the worker that creates the job has not uploaded its parameters",
             )
 
-    def admit(self, member: Member, *, creates: bool, check: Callable[[], None]) -> None:
-        """Lets a worker in, between two steps. Waits for the open step.
+    def admit(
+        self,
+        member: Member,
+        *,
+        creates: bool,
+        check: Callable[[], None],
+        returns: bool = False,
+        picks_rank: bool = False,
+        base_step: int | None = None,
+    ) -> bool:
+        """Lets a worker in, or back in. A newcomer to a synchronous job waits for the open step.
 
-        From here on no step is committed without the worker, so that the values it reads next stand still.
+        From here on no step is begun, or where steps are synchronous committed, without the worker, so that the values
+        it reads next stand still.
 
         Args:
             member: The worker.
             creates: Whether it creates the job.
             check: Called when nothing can change any more; raises what speaks against the worker.
+            returns: Whether it says that it has been in the job before.
+            picks_rank: Whether it takes any rank: `member.worker` has it then.
+            base_step: The job step that its parameters are of, if it has any.
+
+        Returns:
+            Whether it has all parameters as they are: it has been in the job all along, and nothing was committed.
 
         Raises:
             WorkerInUseError: a live worker has its id or rank.
-            JobDeletedError: the job went away while it waited.
+            SupersededError: it has been in the job, and another process has taken its id since.
+            LimitExceededError: the job has as many workers as it may have.
+            JobDeletedError: the job went away, or is not the one that the worker was in.
             OutOfOrderError: the worker's line is down.
             StepTimeoutError: the open step was not committed within `timeout_s`.
         """
+        since = time.monotonic()
         with self._changed:
-            self._company.check_free(member.worker)
-            with self.buffers.expecting_newcomer_locked():
-                self._company.wait(
-                    member,
-                    lambda: not self._aggregator.is_open and self._company.bringing is None,
-                    self.settings.timeout_s,
-                )
-            self._company.check_free(member.worker)
+            while True:
+                displaced = self._company.await_place(member, since=since, returns=returns, picks_rank=picks_rank)
+                if displaced is None:
+                    former = self._company.members[member.worker]
+                    if former.ready:
+                        check()
+                        return self._resume_locked(former, member, base_step)
+                    displaced = [member.worker]
+                if displaced:
+                    for worker in displaced:
+                        superseded = worker.worker_id == member.worker.worker_id
+                        self._remove_locked(worker, superseded=superseded, ends_stream=True)
+                    continue
+                if self._may_enter_locked(member):
+                    break
+                self._await_boundary_locked(member)
             check()
-            self._aggregator.join(member.worker)
-            self._company.members[member.worker] = member
-            member.groups = [dict(group) for group in self.groups]
-            member.speaks = creates
-            self._changed.notify_all()
+            self._enter_locked(member, creates=creates)
+            return False
 
-    def welcome(self, member: Member) -> Standing:
-        """The worker has all parameters.
+    def welcome(self, member: Member, *, step: int, brought: Sequence[Bucket] = ()) -> Standing:
+        """The worker has all parameters, as of `step`, those of the buckets that it has brought among them.
 
         Returns:
             Where the job and the worker stand.
         """
         with self._changed:
             member.ready = True
+            for bucket in brought:
+                self.pulling.see_locked(member, bucket.bucket_id)
             self._changed.notify_all()
+            record = self._company.record(member.worker.worker_id)
             return Standing(
-                job_step=self.step,
-                next_sequence=self._company.record(member.worker.worker_id).next_sequence,
+                job_step=step,
+                next_sequence=record.next_sequence,
                 load_count=self._content.load_count,
                 layout_count=self._content.layout_count,
+                receipt=record.receipt,
             )
 
-    def disconnect(self, member: Member) -> None:
-        """A worker's line is down: whatever waits on its behalf stops waiting. Its stream calls `leave` next."""
-        with self._changed:
-            member.alive = False
-            self._changed.notify_all()
+    def hear(self, worker_id: str, incarnation: int) -> bool:
+        """A worker is alive. Returns whether it is in the job. Does not wait, not even for the lock."""
+        for worker, member in tuple(self._company.members.items()):
+            if worker.worker_id == worker_id and member.incarnation == incarnation:
+                self._company.membership.heard(worker, time.monotonic())
+                return True
+        return False
 
-    def leave(self, member: Member) -> None:
-        """A worker's stream has ended, in good order or not. Waits for readers; may be called more than once."""
+    def sending(self, member: Member, *, since: float | None) -> None:
+        """What a worker is being sent since when, or that it has taken it. Does not wait, not even for the lock."""
+        if member.alive:
+            self._company.membership.sending(member.worker, since)
+
+    def disconnect(self, member: Member) -> None:
+        """A worker's line is down: whatever waits on its behalf stops waiting.
+
+        It stays in the job until its lease ends, unless it was still joining.
+        """
         with self._changed:
             member.alive = False
             self.bringing.take_back_locked(member)
             if self._company.members.get(member.worker) is member:
-                self._readers.wait()
-            # Again: readers are waited for without the lock, and a worker's end is heard of in two threads.
+                self.buffers.disconnect_locked(member)
+                if member.ready:
+                    self._company.membership.disconnect(member.worker)
+                else:
+                    self._remove_locked(member.worker)
+            self._changed.notify_all()
+
+    def leave(self, member: Member) -> None:
+        """A worker has left for good. Waits for readers; may be called more than once."""
+        with self._changed:
+            member.alive = False
+            self.bringing.take_back_locked(member)
             if self._company.members.get(member.worker) is member:
-                self.buffers.leave_locked(member)
-                step = self.step
-                if not self._aggregator.has_ended(member.worker):
-                    self._stepper.forget_content(member.worker)
-                decisions = self._aggregator.leave(member.worker)
-                try:
-                    self._settle_locked(decisions, step)
-                except Exception as error:  # noqa: BLE001  # the others hear of it in their steps; who leaves has nobody
-                    _log.warning("job %s: the step failed when rank %d left: %s", self.name, member.worker.rank, error)
-                finally:
-                    del self._company.members[member.worker]
-                    self._changed.notify_all()
+                self._remove_locked(member.worker)
+            self._changed.notify_all()
+
+    def is_due(self, now: float) -> bool:
+        """Whether `tick` may have something to do. Does not wait, not even for the lock."""
+        return self._aggregator.is_timed or bool(self._company.membership.lapsed(now))
+
+    def tick(self, now: float) -> None:
+        """Time has passed: ends leases, and waits that have been too long. Waits for readers.
+
+        Args:
+            now: The time, in seconds, as `time.monotonic` tells it.
+        """
+        with self._changed:
+            for worker in self._company.membership.lapsed(now):
+                _log.warning("job %s: rank %d (%s) was lost: its lease has ended", self.name, *worker)
+                self._remove_locked(worker, lost=True, ends_stream=True)
+            if self._aggregator.is_timed:
+                self._readers.wait()
+                awaited = self._aggregator.missing()
+                decisions = self._aggregator.tick(now)
+                if decisions:
+                    ranks = ", ".join(str(worker.rank) for worker in awaited)
+                    _log.warning("job %s: rank %s did not come in time (timeout_s)", self.name, ranks)
+                    self._settle_loss_locked(decisions, None)
 
     def drain(self, timeout_s: float) -> bool:
         """Begins no more steps and waits for the open one. Returns whether it was committed within `timeout_s`."""
         with self._changed:
-            self._draining = True
+            self.pushing.drain_locked()
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._aggregator.is_open, timeout_s)
 
@@ -248,6 +349,8 @@ class Job:
             self._company.phase = JobPhase.DELETED
             self._changed.notify_all()
         self.history.end()
+
+    # --- what it takes
 
     @property
     def full_bytes(self) -> int:
@@ -271,222 +374,6 @@ class Job:
         with self._changed:
             return self._content.parameters_of(first_group)
 
-    # --- a push
-
-    def begin(
-        self,
-        member: Member,
-        *,
-        sequence: int,
-        base_step: int,
-        group_count: int,
-        load_count: int,
-        layout_count: int,
-        micro: int,
-        grad_scale: float | None = None,
-        steppable: bool = True,
-    ) -> Round:
-        """A worker begins a push. Waits until the job is formed.
-
-        The numbers are those of `StepBegin`. Whether the worker's options have to be ones to step with is `steppable`.
-
-        Raises:
-            OutOfOrderError: the sequence number or the base step is not the one due, or the worker's line is down.
-            JobMismatchError: the worker has missed a param group, a load or a replacement.
-            UpdateRefusedError: torch, or a server, cannot step with the worker's options.
-            LimitExceededError: with the worker's options the state would take too much.
-            AccumulationLostError: what the worker had accumulated is not held; counting starts anew.
-            StepTimeoutError: too few workers joined within `join_timeout_s`.
-            ShuttingDownError: the server is stopping.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.await_all(member)
-            if self._draining:
-                raise ShuttingDownError("the server is shutting down")
-            self._company.check_sequence(member, "StepBegin", sequence)
-            if base_step != self.step:
-                raise OutOfOrderError(f"StepBegin.base_step is {base_step}; the job stands at {self.step}")
-            self._content.check_counts(
-                member.worker.rank, group_count=group_count, layout_count=layout_count, load_count=load_count
-            )
-            if micro != member.held.micro or member.held.spent:
-                held = 0 if member.held.spent else member.held.micro
-                member.held.forget()
-                raise AccumulationLostError(
-                    f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
-                    "compute the gradients again"
-                )
-            self._check_options_locked(member, steppable=steppable or member.held.nbytes > 0)
-            self._aggregator.begin(member.worker)
-            member.occupied = True
-            member.grad_scale = grad_scale
-            return self._stepper.open_round(self.groups)
-
-    def set_hyperparameters(self, member: Member, group: int, options: dict[str, Any]) -> None:
-        """A worker's options of one group have changed.
-
-        Raises:
-            InvalidFieldError: there is no such group.
-        """
-        with self._changed:
-            if group >= len(member.groups):
-                raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
-            member.groups[group] = options
-            member.speaks = member.unchecked = True
-
-    def retract(self, member: Member) -> None:
-        """A worker takes back a push of which it has brought no gradient yet."""
-        with self._changed:
-            step = self.step
-            self._stepper.forget_content(member.worker)
-            self._settle_locked(self._aggregator.retract(member.worker), step)
-            self._changed.notify_all()
-
-    def finished(self, member: Member) -> None:
-        """A worker's push or accumulation is over, and all of its answers are out. May be called more than once."""
-        with self._changed:
-            member.occupied = False
-            member.reserved_bytes = 0
-            self._changed.notify_all()
-
-    def bring(self, member: Member, round_: Round, staged: StagedState) -> None:
-        """A worker has brought all that it changed outside of steps, between `begin` and its first gradient.
-
-        Raises:
-            RequestError: the step has failed in another worker's hands.
-            OutOfOrderError: the worker's line is down.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.check_alive(member)
-            self._check_sound_locked(round_)
-            round_.pushed.bring(member.worker, staged)
-
-    def push(self, member: Member, round_: Round, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
-        """A worker pushes the gradients of one bucket; applies what that completes. Waits for readers.
-
-        Args:
-            member: The worker, between `begin` and `end`.
-            round_: What `begin` returned.
-            bucket: One of the job's, which the worker has not pushed in this step.
-            present: For each slice whether there is a gradient.
-            payload: The gradients, flat, on the CPU. Only read, and not kept.
-
-        Raises:
-            RequestError: the step has failed in another worker's hands.
-            UpdateRefusedError: torch refuses the update.
-            LimitExceededError: the device has no memory left for it.
-            OutOfOrderError: the worker's line is down.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._readers.wait()
-            self._company.check_alive(member)
-            self._check_sound_locked(round_)
-            self._contribute_locked(member, bucket, *member.held.take(bucket, present, payload))
-
-    def end(self, member: Member, round_: Round, *, skipped: bool = False) -> None:
-        """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.
-
-        Args:
-            member: The worker.
-            round_: What `begin` returned.
-            skipped: Whether it brings no gradients, not even those that are held of it, because they are not finite.
-
-        Raises:
-            RequestError: the step has failed in another worker's hands.
-            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
-            UpdateRefusedError: torch refuses the update.
-            LimitExceededError: the device has no memory left for it.
-            OutOfOrderError: the worker's line is down.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._readers.wait()
-            self._company.check_alive(member)
-            self._check_sound_locked(round_)
-            rest = [] if skipped else list(member.held.rest())
-            member.held.spend()
-            for bucket_id, present, payload in rest:
-                self._contribute_locked(member, self.store.buckets[bucket_id], present, payload)
-            step = self.step
-            self._settle_locked(self._aggregator.end(member.worker, skipped=skipped), step)
-
-    def await_progress(self, member: Member, round_: Round, seen: int) -> int:
-        """Waits until more than `seen` buckets are applied or the step is committed or skipped.
-
-        Returns:
-            How many buckets are applied.
-
-        Raises:
-            StepTimeoutError: nothing happened for `timeout_s`.
-            OutOfOrderError: the worker's line is down.
-            RequestError: the step has failed in another worker's hands.
-            UpdateRefusedError: torch refused the step.
-            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.wait(member, lambda: len(round_.applied) > seen or round_.is_over, self.settings.timeout_s)
-            self._check_sound_locked(round_)
-            return len(round_.applied)
-
-    # --- gradients without a step
-
-    def begin_accumulation(
-        self, member: Member, *, sequence: int, micro: int, group_count: int, layout_count: int
-    ) -> bool:
-        """A worker brings gradients to be held for its next push. Does not wait.
-
-        Returns:
-            Whether they are new: False where they have been added already.
-
-        Raises:
-            OutOfOrderError: the sequence or the micro number is not one that is due, or the worker's line is down.
-            JobMismatchError: the worker has missed a param group or a replacement.
-            LimitExceededError: the job would take too much.
-            JobDeletedError: the job went away.
-        """
-        with self._changed:
-            self._company.check_alive(member)
-            self._company.check_sequence(member, "Accumulate", sequence)
-            self._content.check_counts(member.worker.rank, group_count=group_count, layout_count=layout_count)
-            if micro > member.held.micro:
-                raise OutOfOrderError(f"Accumulate.micro is {micro}; {member.held.micro} is due")
-            new = micro == member.held.micro
-            if new and not member.held.nbytes:
-                # All of it at once: a sum that is held in part would be of no use.
-                self._check_room_locked(
-                    sum(parameter.nbytes for parameter in self.store.parameters), "the gradients that are to be held"
-                )
-            member.occupied = True
-            return new
-
-    def accumulate(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
-        """Adds the gradients of one bucket to what is held of the worker's. Only read, and not kept."""
-        with self._changed:
-            member.held.add(bucket, present, payload, self.store.device)
-
-    def end_accumulation(self, member: Member) -> None:
-        """A worker has brought all gradients of one accumulation."""
-        with self._changed:
-            member.held.micro += 1
-
-    def discard_accumulated(self, member: Member, *, sequence: int, micro: int) -> None:
-        """Forgets what is held of a worker's gradients. Does not wait.
-
-        Raises:
-            OutOfOrderError: the sequence or the micro number is not one that is due.
-        """
-        with self._changed:
-            self._company.check_sequence(member, "DiscardAccumulated", sequence)
-            if micro > member.held.micro:
-                raise OutOfOrderError(f"DiscardAccumulated.micro is {micro}; {member.held.micro} is due")
-            if micro == member.held.micro:
-                member.held.discard()
-                member.held.micro += 1
-
     # --- its state
 
     @contextmanager
@@ -503,16 +390,25 @@ class Job:
         hold = ReadHold()
         on_hold(hold)
         with self._changed:
-            self._company.wait(
-                None,
-                lambda: (
-                    hold.revoked
-                    or (not self._aggregator.has_applied and self._company.bringing is None and self._readers.may_enter)
-                ),
-                self.settings.timeout_s,
-            )
-            hold.touch()
-            self._readers.enter(hold)
+            self._readers.queued += 1
+            try:
+                self._company.wait(
+                    None,
+                    lambda: (
+                        hold.revoked
+                        or (
+                            not self._aggregator.has_applied
+                            and self._company.bringing is None
+                            and self._readers.may_enter
+                        )
+                    ),
+                    self.settings.timeout_s,
+                )
+                hold.touch()
+                self._readers.enter(hold)
+            finally:
+                self._readers.queued -= 1
+                self._changed.notify_all()
         try:
             yield hold
         finally:
@@ -525,81 +421,91 @@ class Job:
 
     # --- all below with self._changed held
 
-    def _contribute_locked(self, member: Member, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
-        step = self.step
-        decisions = self._aggregator.push(member.worker, bucket.bucket_id)
+    def _may_enter_locked(self, member: Member) -> bool:
+        return self._aggregator.may_join(member.worker) and self._company.bringing is None
+
+    def _await_boundary_locked(self, member: Member) -> None:
+        """Waits until a newcomer may come in, or something has changed that may speak against it."""
+        self._company.newcomers += 1
         try:
-            self._stepper.contribute(member.worker, bucket, present, payload, decisions, grad_scale=member.grad_scale)
-        except Exception:
-            self._aggregator.forget_step(step)
-            self._changed.notify_all()
-            raise
-        if decisions:
+            with self.buffers.expecting_newcomer_locked():
+                self._company.wait(member, lambda: self._may_enter_locked(member), self.settings.timeout_s)
+        finally:
+            self._company.newcomers -= 1
             self._changed.notify_all()
 
-    def _renew_stepper_locked(self) -> None:
-        self._stepper = self._new_stepper()
-
-    def _new_stepper(self) -> Stepper:
-        return Stepper(
-            self.name,
-            self.store,
-            self._company.members,
-            mean=self.settings.reduction == "mean",
-            max_grad_norm=self.settings.max_grad_norm,
-            nonfinite=self.settings.nonfinite,
-        )
-
-    def _settle_locked(self, decisions: Sequence[Decision], step: int) -> None:
-        """Carries decisions out and makes what became of a step the job's. `step` were committed before."""
+    def _enter_locked(self, member: Member, *, creates: bool) -> None:
+        worker = member.worker
+        record = self._company.record(worker.worker_id)
+        record.rank = worker.rank
+        former, record.former = record.former, None
+        self._company.members[worker] = member
+        self._company.membership.enter(worker, member.incarnation, now=time.monotonic())
+        member.groups = [dict(group) for group in self.groups]
+        # The same process, back after its lease had ended, says what it said.
+        returns = former is not None and former.incarnation == member.incarnation
+        member.speaks = creates or (returns and former is not None and former.speaks)
+        if returns and former is not None and len(former.groups) == len(self.groups):
+            member.groups = former.groups
         try:
-            round_ = self._stepper.carry_out(decisions)
-        except Exception:
-            self._aggregator.forget_step(step)
-            raise
+            self.pushing.settle_locked(self._aggregator.join(worker), worker)
         finally:
             self._changed.notify_all()
-        if round_ is not None and round_.commit is not None:
-            self._content.groups = round_.groups
-            contributions = []
-            for worker in round_.commit.contributors:
-                record = self._company.record(worker.worker_id)
-                contributions.append(Contribution(worker.rank, worker.worker_id, record.next_sequence))
-                record.pushes += 1
-            self._company.answer((*round_.commit.contributors, *round_.commit.skipped))
-            self.history.add(
-                CommittedStep(
-                    step=round_.commit.step,
-                    contributors=tuple(contributions),
-                    partial_contributors=tuple(worker.rank for worker in round_.commit.partial_contributors),
-                    hyperparameters_disagreed=round_.disagreed,
-                    grad_norm=round_.grad_norm,
-                    pushed_differently=round_.pushed_differently,
-                )
-            )
-            self.buffers.step_committed_locked()
-        if round_ is not None and round_.skipped is not None:
-            if round_.settled:
-                self._content.groups = round_.groups
-            self._aggregator.forget_step(round_.skipped.step)
-            self._company.answer(round_.skipped.pushes)
 
-    def _check_options_locked(self, member: Member, *, steppable: bool) -> None:
-        """Checks a worker's options, if they have changed. Those that have to be no ones to step with do not count."""
-        if member.unchecked:
-            self._content.check_place_of_steps(member.groups)
-            needed = self._content.bytes_with(member.groups) - self._content.full_bytes
-            if needed > 0:
-                self._check_room_locked(needed, "the state with the worker's options")
-            member.steppable = True
-            try:
-                self._content.check_steppable(member.groups)
-            except UpdateRefusedError:
-                member.steppable = False
-                if steppable:
-                    raise
-                return
-            member.unchecked = False
+    def _resume_locked(self, former: Member, member: Member, base_step: int | None) -> bool:
+        """The process that has been in the job all along has a new line."""
+        self.bringing.take_back_locked(former)
+        self.buffers.disconnect_locked(former)
+        member.take_over(former)
+        self._company.members[member.worker] = member
+        self._company.membership.resume(member.worker, now=time.monotonic())
+        former.cancel()
+        self._changed.notify_all()
+        _log.info("job %s: rank %d (%s) is back on a new line", self.name, *member.worker)
+        return base_step == self.step
+
+    def _remove_locked(
+        self, worker: Worker, *, lost: bool = False, superseded: bool = False, ends_stream: bool = False
+    ) -> None:
+        """Takes a worker out of the job, and settles what that leads to. Waits for readers: gives up the lock.
+
+        Args:
+            worker: The worker; nothing happens if it is not in the job.
+            lost: Whether its lease has ended, or another process has taken its place: its place may be kept.
+            superseded: Whether another process has taken its id.
+            ends_stream: Whether its stream has to be ended too.
+        """
+        member = self._company.members.get(worker)
+        if member is None:
+            return
+        member.alive, member.superseded = False, superseded
+        self._readers.wait()
+        # Again: readers are waited for without the lock, and a worker's end is heard of in several threads.
+        if self._company.members.get(worker) is not member:
+            return
+        self.bringing.take_back_locked(member)
+        self.buffers.leave_locked(member)
+        stays = (lost or superseded) and member.ready and self.settings.on_loss == "wait"
+        if not stays:
+            self.pushing.forget_content_locked(worker)
+        if lost and not superseded:
+            self._company.record(worker.worker_id).former = member
+        self._company.membership.leave(worker)
+        leave = self._aggregator.lose if stays else self._aggregator.leave
+        try:
+            self._settle_loss_locked(leave(worker), worker)
+        finally:
+            del self._company.members[worker]
+            self.pushing.forget_worker_locked(worker)
+            if ends_stream:
+                member.cancel()
+            self._changed.notify_all()
+
+    def _settle_loss_locked(self, decisions: Sequence[Decision], worker: Worker | None) -> None:
+        try:
+            self.pushing.settle_locked(decisions, worker)
+        except Exception as error:  # noqa: BLE001  # the others hear of it in their steps; who is lost has nobody
+            _log.warning("job %s: the step failed when a worker was lost: %s", self.name, error)
 
     def _check_room_locked(self, nbytes: int, what: str) -> None:
         taken = self._content.full_bytes + self.buffers.nbytes_locked
@@ -609,10 +515,3 @@ class Job:
                 f"{what} would take {nbytes} bytes, and the job takes {taken} of {self._max_bytes} that this server "
                 "lets it take (--max-job-bytes)"
             )
-
-    def _check_sound_locked(self, round_: Round) -> None:
-        """Tells every worker of a step that failed in another one's hands."""
-        if isinstance(round_.failure, RequestError):
-            raise type(round_.failure)(round_.failure.message)
-        if round_.failure is not None:
-            raise RequestError("the step failed on the server, whose log has the reason")

@@ -1,142 +1,155 @@
-"""The workers that are in a job."""
+"""Who is in a job, by lease: a state machine without I/O, clock or threads.
+
+A worker is in the job from its `enter` on until it leaves, until another process takes its place, or until its lease
+ends: when nothing has been heard of it for `lease_s`. A broken line alone does not end it: a process that is alive
+comes back, one that is dead is replaced by its successor or runs out of time.
+
+A `worker_id` belongs to one process at a time, its last `incarnation`: those before it are fenced for ever.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass
+from enum import Enum, auto
 
-import torch
-
-from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Worker
-from optimd.wire.layout import Bucket
 
 
-class HeldGradients:
-    """What a worker has had accumulated for its next push. Guarded by its job's lock."""
+class Verdict(Enum):
+    """What becomes of a process that wants to be in a job."""
 
-    def __init__(self) -> None:
-        self.micro = 0
-        """How many accumulations and discards there have been since the last push."""
-        self.spent = False
-        """Whether a push has taken what was accumulated: if that push is refused, it is lost."""
-        self._sums: dict[int, GradientAccumulator] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """What the sums take."""
-        return sum(held.nbytes for held in self._sums.values())
-
-    def add(self, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor, device: torch.device) -> None:
-        """Adds the gradients of one bucket."""
-        held = self._sums.get(bucket.bucket_id)
-        if held is None:
-            held = self._sums[bucket.bucket_id] = GradientAccumulator(bucket, device)
-        held.add(payload, present)
-
-    def take(self, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> tuple[list[bool], torch.Tensor]:
-        """What is held of a bucket and these gradients, added in this order. Good until something is added anew."""
-        held = self._sums.get(bucket.bucket_id)
-        if held is None or held.is_empty:
-            return present, payload
-        held.add(payload, present)
-        return self._give(held)
-
-    def rest(self) -> Iterator[tuple[int, list[bool], torch.Tensor]]:
-        """What is held of buckets that `take` has not been asked for: id, slices and their gradients."""
-        for bucket_id in sorted(self._sums):
-            held = self._sums[bucket_id]
-            if not held.is_empty:
-                yield (bucket_id, *self._give(held))
-
-    def spend(self) -> None:
-        """A push has taken all that was held."""
-        self.spent = self.micro > 0
-        self._sums.clear()
-
-    def discard(self) -> None:
-        """Forgets what is held."""
-        self.spent = False
-        for held in self._sums.values():
-            held.clear()
-
-    def forget(self) -> None:
-        """The push is over, or the buckets are others now: nothing is held, and counting starts anew."""
-        self.micro = 0
-        self.spent = False
-        self._sums.clear()
-
-    @staticmethod
-    def _give(held: GradientAccumulator) -> tuple[list[bool], torch.Tensor]:
-        present, payload = held.present, held.packed()
-        held.clear()
-        return present, payload
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """One worker process on its stream. Guarded by its job's lock, but for the byte counts, which its stream owns."""
-
-    worker: Worker
-    incarnation: int
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    """Its param_groups as far as the server knows: the job's when it joined, then what it sent."""
-    speaks: bool = False
-    """Whether its hyperparameters count: the creator's do, a newcomer's from its first change on."""
-    unchecked: bool = True
-    """Whether its param_groups have changed since they were last checked."""
-    steppable: bool = True
-    """Whether they can be stepped with: else they do not count."""
-    ready: bool = False
-    """Whether it has its parameters: from JobReady on."""
-    occupied: bool = False
-    """Whether it is in the middle of a push or an accumulation, from its first message to the last answer."""
-    reserved_bytes: int = 0
-    """What it has on its way in, besides gradients."""
-    alive: bool = True
-    buffers_attached: bool = False
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    grad_scale: float | None = None
-    """What the gradients of its open push were multiplied by."""
-    held: HeldGradients = field(default_factory=HeldGradients)
-    """What it has had accumulated."""
-
-    @property
-    def counts(self) -> bool:
-        """Whether its hyperparameters have a say in a step that it contributes to."""
-        return self.speaks and self.steppable
-
-    def give(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """The worker has these param_groups from now on, whatever it had. They are copied."""
-        self.groups = [dict(group) for group in groups]
-        self.unchecked = True
+    ENTER = auto()
+    """Its place is free, or held by processes that it displaces."""
+    RESUME = auto()
+    """It has been in its place all along: only its line was down."""
+    WAIT = auto()
+    """A process holds its place that may be dead: it is heard of soon, or its lease ends."""
+    IN_USE = auto()
+    """A live process holds its place."""
+    SUPERSEDED = auto()
+    """Another process has taken its `worker_id` since."""
+    UNKNOWN = auto()
+    """It says that it has been in the job, which knows nothing of it."""
 
 
 @dataclass(slots=True)
-class WorkerRecord:
-    """What a job remembers of a worker_id across its processes. Guarded by the job's lock."""
+class Place:
+    """A process that is in the job."""
 
-    next_sequence: int = 0
-    pushes: int = 0
+    incarnation: int
+    heard_s: float
+    """When it was last heard of. May be written to without any lock, by whoever hears of it."""
+    connected: bool = True
+    """Whether its line is up, as far as anybody knows."""
+    sending_since_s: float | None = None
+    """Since when it has taken nothing of what it is being sent; None where nothing is. Likewise."""
 
-
-def speaker(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> Member | None:
-    """The contributor whose hyperparameters hold for a step: the one of lowest rank that speaks, if any does."""
-    for worker in contributors:
-        member = members.get(worker)
-        if member is not None and member.counts:
-            return member
-    return None
-
-
-def disagree(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> bool:
-    """Whether contributors that speak have different hyperparameters."""
-    voices = [members[worker].groups for worker in contributors if worker in members and members[worker].counts]
-    # A NaN, which a schedule may well arrive at, is not equal to itself; its text is.
-    return any(groups != voices[0] and _text(groups) != _text(voices[0]) for groups in voices[1:])
+    def lapses_at(self, lease_s: float) -> float:
+        """When its lease ends if nothing more is heard of it, and if it takes nothing more."""
+        heard = self.heard_s if self.sending_since_s is None else min(self.heard_s, self.sending_since_s)
+        return heard + lease_s
 
 
-def _text(groups: Sequence[Mapping[str, Any]]) -> str:
-    return repr([sorted(group.items()) for group in groups])
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A verdict, and whom it concerns."""
+
+    verdict: Verdict
+    rivals: tuple[Worker, ...] = ()
+    """Who holds the place: whom the claimant displaces, waits for, or gives way to."""
+
+
+class Membership:
+    """The places of one job.
+
+    Args:
+        lease_s: How long a worker stays in the job after it was last heard of, in seconds.
+        while_broken: Whether leases end only while lines are broken: where nobody waits for anybody.
+    """
+
+    def __init__(self, lease_s: float, *, while_broken: bool = False) -> None:
+        self.lease_s = lease_s
+        self._while_broken = while_broken
+        self._places: dict[Worker, Place] = {}
+        self._last_incarnation: dict[str, int] = {}
+
+    def claim(self, worker: Worker, incarnation: int, *, now: float, since: float, returns: bool) -> Claim:
+        """What becomes of a process that wants to be in the job as `worker`.
+
+        Args:
+            worker: Its id and rank.
+            incarnation: Which process it is.
+            now: The time, in seconds.
+            since: When it began to ask.
+            returns: Whether it says that it has been in the job before.
+        """
+        last = self._last_incarnation.get(worker.worker_id)
+        if returns and last is None:
+            return Claim(Verdict.UNKNOWN)
+        if returns and last != incarnation:
+            return Claim(Verdict.SUPERSEDED)
+        rivals = {
+            other: place
+            for other, place in self._places.items()
+            if other.worker_id == worker.worker_id or other.rank == worker.rank
+        }
+        own = rivals.get(worker)
+        if own is not None and own.incarnation == incarnation:
+            return Claim(Verdict.RESUME, (worker,))
+        alive = {
+            other: place
+            for other, place in rivals.items()
+            if place.connected and now < place.lapses_at(self.lease_s) and place.incarnation != incarnation
+        }
+        if not alive:
+            return Claim(Verdict.ENTER, tuple(sorted(rivals)))
+        # Only what was heard since counts: a process that died a moment ago was heard of a moment before that.
+        heard = any(place.heard_s > since for place in alive.values())
+        return Claim(Verdict.IN_USE if heard else Verdict.WAIT, tuple(sorted(alive)))
+
+    def enter(self, worker: Worker, incarnation: int, *, now: float) -> None:
+        """A process is in the job from now on. Nobody is in its place."""
+        self._last_incarnation[worker.worker_id] = incarnation
+        self._places[worker] = Place(incarnation, now)
+
+    def resume(self, worker: Worker, *, now: float) -> None:
+        """A process that is in the job has a line again."""
+        place = self._places[worker]
+        place.connected, place.heard_s, place.sending_since_s = True, now, None
+
+    def disconnect(self, worker: Worker) -> None:
+        """The line of a process that is in the job is down."""
+        self._places[worker].connected = False
+        self._places[worker].sending_since_s = None
+
+    def heard(self, worker: Worker, now: float) -> None:
+        """A process is alive. Unknown ones are ignored. Needs no lock."""
+        place = self._places.get(worker)
+        if place is not None:
+            place.heard_s = now
+
+    def heard_s(self, worker: Worker) -> float:
+        """When a process was last heard of, in seconds; infinity for an unknown one. As `heard`."""
+        place = self._places.get(worker)
+        return math.inf if place is None else place.heard_s
+
+    def sending(self, worker: Worker, since: float | None) -> None:
+        """Since when a process has taken nothing of what it is being sent; None where it has. As `heard`."""
+        place = self._places.get(worker)
+        if place is not None:
+            place.sending_since_s = since
+
+    def leave(self, worker: Worker) -> None:
+        """A process is not in the job any more. Unknown ones are ignored."""
+        self._places.pop(worker, None)
+
+    def lapsed(self, now: float) -> list[Worker]:
+        """The workers whose lease has ended, in order of rank."""
+        # A copy, made in one piece: this is also asked without the lock.
+        places = tuple(self._places.items())
+        return sorted(
+            worker
+            for worker, place in places
+            if now >= place.lapses_at(self.lease_s) and not (place.connected and self._while_broken)
+        )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from optimd.server import update
-from optimd.server.aggregation import Worker
 from optimd.server.errors import InvalidFieldError, LimitExceededError, UnsupportedError
 from optimd.server.settings import PARAMETER_OVERHEAD_BYTES, JobSettings
 from optimd.v1 import job_pb2
@@ -21,6 +20,12 @@ _NONFINITE: Final[dict[int, Literal["allow", "skip", "error"]]] = {
     job_pb2.NON_FINITE_ALLOW: "allow",
     job_pb2.NON_FINITE_SKIP: "skip",
     job_pb2.NON_FINITE_ERROR: "error",
+}
+
+_ON_LOSS: Final[dict[int, Literal["shrink", "wait"]]] = {
+    job_pb2.ON_LOSS_UNSPECIFIED: "shrink",
+    job_pb2.ON_LOSS_SHRINK: "shrink",
+    job_pb2.ON_LOSS_WAIT: "wait",
 }
 
 
@@ -54,10 +59,14 @@ class Opening:
     """What `OpenJob` says."""
 
     job: str
-    worker: Worker
+    worker_id: str
+    rank: int | None
+    """None where the server is to choose it."""
     incarnation: int
     on_existing: job_pb2.OnExisting
     settings: JobSettings
+    returns_at_step: int | None = None
+    """Of a process that has been in the job: the job step that its parameters are of."""
 
 
 def read_opening(message: job_pb2.OpenJob) -> Opening:
@@ -69,20 +78,8 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
     """
     job = _name("OpenJob.job", message.job)
     worker_id = _name("WorkerIdentity.worker_id", message.worker.worker_id)
-    if message.aggregation.WhichOneof("policy") != "sync":
-        raise UnsupportedError("the aggregation policy is not one that this server has; it has sync")
-    sync = message.aggregation.sync
-    if sync.world_size < 1:
-        raise InvalidFieldError("SyncAggregation.world_size", "must be at least 1")
-    if message.worker.rank >= sync.world_size:
-        raise InvalidFieldError(
-            "WorkerIdentity.rank", f"{message.worker.rank} is not below world_size {sync.world_size}"
-        )
-    for name in ("timeout_s", "join_timeout_s"):
-        if not 0 < getattr(sync, name) <= threading.TIMEOUT_MAX:
-            raise InvalidFieldError(f"SyncAggregation.{name}", "must be a positive number of seconds")
-    if sync.reduction not in (job_pb2.REDUCTION_MEAN, job_pb2.REDUCTION_SUM):
-        raise InvalidFieldError("SyncAggregation.reduction", "must be mean or sum")
+    rank = message.worker.rank if message.worker.HasField("rank") else None
+    policy = _read_policy(message.aggregation, rank)
     if message.on_existing not in (
         job_pb2.ON_EXISTING_RESUME,
         job_pb2.ON_EXISTING_FAIL,
@@ -101,36 +98,133 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
     nonfinite = _NONFINITE.get(message.nonfinite)
     if nonfinite is None:
         raise InvalidFieldError("OpenJob.nonfinite", "must be allow, skip or error")
-    whole = max_grad_norm is not None or nonfinite != "allow"
+    whole = "max_grad_norm or nonfinite" if max_grad_norm is not None or nonfinite != "allow" else policy.whole
     if whole and message.apply == job_pb2.APPLY_MODE_STREAMING:
-        raise InvalidFieldError(
-            "OpenJob.apply", "must not be streaming where max_grad_norm or nonfinite looks at a whole step"
-        )
+        raise InvalidFieldError("OpenJob.apply", f"must not be streaming where {whole} looks at a whole step")
     bucket_bytes = message.bucket_bytes or DEFAULT_BUCKET_BYTES
     if not MIN_BUCKET_BYTES <= bucket_bytes <= MAX_BUCKET_BYTES:
         raise InvalidFieldError(
             "OpenJob.bucket_bytes", f"{bucket_bytes} is not between {MIN_BUCKET_BYTES} and {MAX_BUCKET_BYTES}"
         )
-    automatic = message.apply == job_pb2.APPLY_MODE_AUTO and not whole
+    streams = message.apply == job_pb2.APPLY_MODE_STREAMING or (
+        message.apply == job_pb2.APPLY_MODE_AUTO and not whole and (policy.is_async or policy.world_size == 1)
+    )
     return Opening(
         job=job,
-        worker=Worker(message.worker.rank, worker_id),
+        worker_id=worker_id,
+        rank=rank,
         incarnation=message.worker.incarnation,
         on_existing=message.on_existing,
         settings=JobSettings(
-            world_size=sync.world_size,
-            reduction="mean" if sync.reduction == job_pb2.REDUCTION_MEAN else "sum",
-            apply="streaming"
-            if message.apply == job_pb2.APPLY_MODE_STREAMING or (automatic and sync.world_size == 1)
-            else "atomic",
+            **policy.settings,
+            apply="streaming" if streams else "atomic",
             bucket_bytes=bucket_bytes,
-            timeout_s=sync.timeout_s,
-            join_timeout_s=sync.join_timeout_s,
             private=message.private,
             max_grad_norm=max_grad_norm,
             nonfinite=nonfinite,
         ),
+        returns_at_step=message.returns_at_step if message.HasField("returns_at_step") else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Policy:
+    """An aggregation policy."""
+
+    settings: dict[str, Any]
+    """What `JobSettings` is told of it."""
+    whole: str = ""
+    """What of it looks at a whole step before anything is applied."""
+
+    @property
+    def is_async(self) -> bool:
+        return bool(self.settings["aggregation"] == "async")
+
+    @property
+    def world_size(self) -> int | None:
+        size: int | None = self.settings["world_size"]
+        return size
+
+
+def _read_policy(message: job_pb2.Aggregation, rank: int | None) -> _Policy:
+    match message.WhichOneof("policy"):
+        case "sync":
+            return _read_sync(message.sync, rank)
+        case "asynchronous":
+            return _read_async(message.asynchronous)
+        case _:
+            raise UnsupportedError("the aggregation policy is not one that this server has: sync or asynchronous")
+
+
+def _read_sync(sync: job_pb2.SyncAggregation, rank: int | None) -> _Policy:
+    world_size = sync.world_size or None
+    if world_size is not None and rank is not None and rank >= world_size:
+        raise InvalidFieldError("WorkerIdentity.rank", f"{rank} is not below world_size {world_size}")
+    _check_times("SyncAggregation", sync)
+    if sync.reduction not in (job_pb2.REDUCTION_MEAN, job_pb2.REDUCTION_SUM):
+        raise InvalidFieldError("SyncAggregation.reduction", "must be mean or sum")
+    if sync.backup_workers and (world_size is None or sync.backup_workers >= world_size):
+        raise InvalidFieldError(
+            "SyncAggregation.backup_workers", f"{sync.backup_workers} is not below world_size {sync.world_size}"
+        )
+    on_loss = _ON_LOSS.get(sync.on_loss)
+    if on_loss is None:
+        raise InvalidFieldError("SyncAggregation.on_loss", "must be shrink or wait")
+    return _Policy(
+        settings={
+            "aggregation": "sync",
+            "world_size": world_size,
+            "reduction": "mean" if sync.reduction == job_pb2.REDUCTION_MEAN else "sum",
+            "backup_workers": sync.backup_workers,
+            "deterministic": sync.deterministic,
+            "on_loss": on_loss,
+            "timeout_s": sync.timeout_s,
+            "join_timeout_s": sync.join_timeout_s,
+        },
+        whole="backup_workers" if sync.backup_workers else "on_loss" if on_loss == "wait" else "",
+    )
+
+
+def _read_async(message: job_pb2.AsyncAggregation) -> _Policy:
+    _check_times("AsyncAggregation", message)
+    return _Policy(
+        settings={
+            "aggregation": "async",
+            "world_size": None,
+            "max_staleness": message.max_staleness if message.HasField("max_staleness") else None,
+            "timeout_s": message.timeout_s,
+            "join_timeout_s": message.join_timeout_s,
+        }
+    )
+
+
+def encode_aggregation(settings: JobSettings) -> job_pb2.Aggregation:
+    """A job's policy as the schema has it."""
+    if settings.is_async:
+        return job_pb2.Aggregation(
+            asynchronous=job_pb2.AsyncAggregation(
+                max_staleness=settings.max_staleness,
+                timeout_s=settings.timeout_s,
+                join_timeout_s=settings.join_timeout_s,
+            )
+        )
+    return job_pb2.Aggregation(
+        sync=job_pb2.SyncAggregation(
+            world_size=settings.world_size or 0,
+            reduction=job_pb2.REDUCTION_MEAN if settings.reduction == "mean" else job_pb2.REDUCTION_SUM,
+            timeout_s=settings.timeout_s,
+            join_timeout_s=settings.join_timeout_s,
+            backup_workers=settings.backup_workers,
+            deterministic=settings.deterministic,
+            on_loss=job_pb2.ON_LOSS_WAIT if settings.on_loss == "wait" else job_pb2.ON_LOSS_SHRINK,
+        )
+    )
+
+
+def _check_times(kind: str, message: job_pb2.SyncAggregation | job_pb2.AsyncAggregation) -> None:
+    for name in ("timeout_s", "join_timeout_s"):
+        if not 0 < getattr(message, name) <= threading.TIMEOUT_MAX:
+            raise InvalidFieldError(f"{kind}.{name}", "must be a positive number of seconds")
 
 
 def read_layout(pages: Iterable[job_pb2.LayoutPage], *, max_bytes: int, first_group: int = 0) -> WorkerLayout:

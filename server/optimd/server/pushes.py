@@ -5,23 +5,26 @@ The functions here serve one exchange of a training stream each, in the stream's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 
-from optimd.server.answers import decode_options, receipt, refusal, values
+from optimd.server.answers import decode_options, refusal, values
 from optimd.server.errors import (
     AccumulationLostError,
     InvalidFieldError,
     LimitExceededError,
-    NonFiniteGradientError,
+    StepTimeoutError,
     UpdateRefusedError,
 )
 from optimd.server.incoming import Incoming, SplitParameters, read_bucket
 from optimd.server.job import Job
-from optimd.server.membership import Member
+from optimd.server.member import Member
+from optimd.server.pulling import CatchUp
+from optimd.server.pushing import ANSWERABLE, OpenPush
+from optimd.server.receipts import encode_receipt
 from optimd.server.staging import read_entries, receive_staged, staged_bytes
-from optimd.server.stepping import Round
+from optimd.server.store import Store
 from optimd.v1 import training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import GRADIENT
@@ -37,9 +40,9 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
     for _ in range(begin.param_group_pages):
         _, message, _ = incoming.expect("param_groups")
         for group in message.param_groups.groups:
-            job.set_hyperparameters(member, group.index, decode_options(group))
+            job.pushing.set_hyperparameters(member, group.index, decode_options(group))
     try:
-        round_ = job.begin(
+        push = job.pushing.begin(
             member,
             sequence=begin.sequence,
             base_step=begin.base_step,
@@ -50,53 +53,79 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
             steppable=not begin.without_gradients,
         )
-    except (UpdateRefusedError, AccumulationLostError, LimitExceededError) as error:
+    except (UpdateRefusedError, AccumulationLostError, LimitExceededError, StepTimeoutError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
         incoming.skip_to("step_end", "pushed", "bucket")
         yield refusal(error)
         return
     try:
-        yield from _serve_begun(incoming, job, member, begin, round_)
+        yield from _serve_begun(incoming, job, push, begin)
     finally:
-        job.finished(member)
+        job.pushing.finished(member)
 
 
-def _serve_begun(
-    incoming: Incoming, job: Job, member: Member, begin: training_pb2.StepBegin, round_: Round
-) -> Iterator[bytes]:
+def _serve_begun(incoming: Incoming, job: Job, push: OpenPush, begin: training_pb2.StepBegin) -> Iterator[bytes]:
     if begin.pushed_pages:
         try:
-            _receive_pushed(incoming, job, member, round_, begin.pushed_pages)
+            _receive_pushed(incoming, job, push, begin.pushed_pages)
         except LimitExceededError as error:
-            job.retract(member)
+            job.pushing.retract(push)
             incoming.skip_to("step_end", "pushed", "bucket")
             yield refusal(error)
             return
-    sent = 0
+    owed: frozenset[int] | None = None
 
-    def push(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+    def take(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         if begin.skipped or begin.without_gradients:
             raise InvalidFieldError("StepBegin", "a push that is to bring no gradients has brought some")
-        job.push(member, round_, bucket, present, payload)
+        if owed is not None and bucket.bucket_id not in owed:
+            raise InvalidFieldError("TensorBucket.bucket_id", f"{bucket.bucket_id} was not to be pushed again")
+        job.pushing.push(push, bucket, present, payload)
 
-    for _ in _gradients(incoming, job, "step_end", push):
-        for applied, slices in round_.applied[sent:]:
-            yield values(job, job.store.buckets[applied], slices)
-            sent += 1
     try:
-        job.end(member, round_, skipped=begin.skipped)
         while True:
-            count = job.await_progress(member, round_, sent)
-            for applied, slices in round_.applied[sent:count]:
-                yield values(job, job.store.buckets[applied], slices)
-            sent = count
-            if round_.is_answered and sent == len(round_.applied):
+            for _ in _gradients(incoming, push.store, "step_end", take, whole=owed is None):
+                yield from _applied_values(job, push, job.pulling.ready(push))
+            job.pushing.end(push, skipped=begin.skipped)
+            owed = yield from _serve_waiting(job, push)
+            if not owed:
                 break
-    except NonFiniteGradientError as error:
+            again = training_pb2.PushAgain(buckets=sorted(owed))
+            yield encode(training_pb2.TrainResponse(push_again=again))
+    except ANSWERABLE as error:
         # Found out before anything was applied: a push of the same number is due again.
+        job.pushing.refuse(push.member)
         yield refusal(error)
         return
-    yield receipt(begin.sequence, round_, skipped=begin.skipped, wants_buffers=job.buffers.is_asked(member))
+    catch_up = job.pulling.catch_up_of(push)
+    if catch_up is not None:
+        yield from unseen_values(job, push.member, catch_up)
+    receipt = job.pulling.settle(push, catch_up)
+    wants_buffers = job.buffers.is_asked(push.member)
+    yield encode(training_pb2.TrainResponse(receipt=encode_receipt(receipt, wants_buffers=wants_buffers)))
+
+
+def _serve_waiting(job: Job, push: OpenPush) -> Generator[bytes, None, frozenset[int]]:
+    """Hands out what is applied until the push is over, or buckets have to be pushed again; gives their ids."""
+    while True:
+        applied, owed = job.pulling.await_progress(push)
+        if not applied:
+            return owed
+        yield from _applied_values(job, push, applied)
+
+
+def _applied_values(job: Job, push: OpenPush, applied: list[tuple[int, list[bool]]]) -> Iterator[bytes]:
+    for bucket_id, present in applied:
+        bucket = push.store.buckets[bucket_id]
+        yield values(bucket, present, job.pulling.read(push.member, bucket, present, unmoved=True))
+
+
+def unseen_values(job: Job, member: Member, catch_up: CatchUp) -> Iterator[bytes]:
+    """The buckets that are new to a worker."""
+    while (bucket_id := job.pulling.next_unseen(member, catch_up)) is not None:
+        bucket = job.store.buckets[bucket_id]
+        present = [True] * len(bucket.slices)
+        yield values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
 
 
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:
@@ -106,30 +135,30 @@ def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: trai
         RequestError: the stream cannot go on.
     """
     try:
-        new = job.begin_accumulation(
+        new = job.accumulating.begin(
             member,
             sequence=message.sequence,
             micro=message.micro,
             group_count=message.group_count,
             layout_count=message.layout_count,
         )
-    except LimitExceededError as error:
+    except (LimitExceededError, AccumulationLostError) as error:
         incoming.skip_to("accumulate_end", "bucket")
         yield refusal(error)
         return
 
     def hold(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         if new:
-            job.accumulate(member, bucket, present, payload)
+            job.accumulating.add(member, bucket, present, payload)
 
     try:
-        for _ in _gradients(incoming, job, "accumulate_end", hold):
+        for _ in _gradients(incoming, job.store, "accumulate_end", hold):
             pass
         if new:
-            job.end_accumulation(member)
+            job.accumulating.end(member)
     finally:
-        job.finished(member)
-    yield _accumulated(message.micro)
+        job.pushing.finished(member)
+    yield _accumulated(message.micro + 1)
 
 
 def serve_discard(job: Job, member: Member, message: training_pb2.DiscardAccumulated) -> Iterator[bytes]:
@@ -138,29 +167,42 @@ def serve_discard(job: Job, member: Member, message: training_pb2.DiscardAccumul
     Raises:
         RequestError: the stream cannot go on.
     """
-    job.discard_accumulated(member, sequence=message.sequence, micro=message.micro)
-    yield _accumulated(message.micro)
+    yield _accumulated(job.accumulating.discard(member, sequence=message.sequence, micro=message.micro))
 
 
 def _accumulated(micro: int) -> bytes:
-    return encode(training_pb2.TrainResponse(accumulated=training_pb2.Accumulated(micro=micro + 1)))
+    return encode(training_pb2.TrainResponse(accumulated=training_pb2.Accumulated(micro=micro)))
 
 
 def _gradients(
-    incoming: Incoming, job: Job, end: str, take: Callable[[Bucket, list[bool], torch.Tensor], None]
+    incoming: Incoming,
+    store: Store,
+    end: str,
+    take: Callable[[Bucket, list[bool], torch.Tensor], None],
+    *,
+    whole: bool = True,
 ) -> Iterator[None]:
-    """Receives gradients up to the message `end`. Yields after each bucket that `take` has been given."""
+    """Receives gradients up to the message `end`. Yields after each bucket that `take` has been given.
+
+    Args:
+        incoming: The worker's stream.
+        store: The job's tensors.
+        end: The kind of the message that ends them.
+        take: What is done with each.
+        whole: Whether they are all that there are, so that no parameter has some of its own only.
+    """
     pushed: set[int] = set()
-    split = SplitParameters(job.store)
+    split = SplitParameters(store)
     while True:
         kind, message, frame = incoming.expect("bucket", end)
         if kind == end:
             count = getattr(message, end).bucket_count
             if count != len(pushed):
                 raise InvalidFieldError(f"{end}.bucket_count", f"{count}, but {len(pushed)} have come")
-            split.check()
+            if whole:
+                split.check()
             return
-        what, bucket, present, payload = read_bucket(message.bucket, frame, job.store.buckets)
+        what, bucket, present, payload = read_bucket(message.bucket, frame, store.buckets)
         if what != GRADIENT or bucket.bucket_id in pushed:
             raise InvalidFieldError(
                 "TensorBucket", f"{what} of bucket {bucket.bucket_id} has no place here, or came a second time"
@@ -173,7 +215,7 @@ def _gradients(
         yield
 
 
-def _receive_pushed(incoming: Incoming, job: Job, member: Member, round_: Round, pages: int) -> None:
+def _receive_pushed(incoming: Incoming, job: Job, push: OpenPush, pages: int) -> None:
     """What the worker changed outside of steps: all of it, before its first gradient."""
     valued: set[int] = set()
     stated: set[int] = set()
@@ -189,7 +231,7 @@ def _receive_pushed(incoming: Incoming, job: Job, member: Member, round_: Round,
                 if entry.state.parameter != entry.parameter:
                     raise InvalidFieldError("PushedEntry.state.parameter", "is another than the entry's")
                 states += read_entries(job.store, [entry.state], seen=stated)
-    job.bringing.reserve(member, staged_bytes(job.store, states, valued))
+    job.bringing.reserve(push.member, staged_bytes(job.store, states, valued))
     staged = job.store.stage(states, values=valued)
     receive_staged(incoming, job.store, staged)
-    job.bring(member, round_, staged)
+    job.pushing.bring(push, staged)

@@ -44,11 +44,18 @@ class Readers:
         self._changed = changed
         self._holds: set[ReadHold] = set()
         self._waiting = 0
+        self.queued = 0
+        """How many wait for pushes that are under way."""
 
     @property
     def may_enter(self) -> bool:
         """Whether a new reader may start: not while a change waits, or readers could keep it waiting for ever."""
         return not self._waiting
+
+    @property
+    def may_push(self) -> bool:
+        """Whether pushes of an asynchronous job may begin: there is always another one, and readers wait for none."""
+        return not self._holds and not self.queued
 
     def enter(self, hold: ReadHold) -> None:
         """A reader starts."""

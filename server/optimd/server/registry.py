@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 
@@ -21,7 +22,7 @@ from optimd.server.errors import (
     UnknownJobError,
 )
 from optimd.server.job import Job
-from optimd.server.membership import Member
+from optimd.server.member import Member
 from optimd.server.opening import Opening, WorkerLayout
 from optimd.v1 import job_pb2
 from optimd.wire.layout import first_difference
@@ -32,6 +33,17 @@ _log = logging.getLogger(__name__)
 _CREATORS_CHOICE = frozenset({"bucket_bytes"})
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How a worker has come into a job."""
+
+    job: Job
+    creates: bool = False
+    """Whether it has created the job and has to upload its values."""
+    is_current: bool = False
+    """Whether it returns, and has everything that it would be sent."""
+
+
 class JobRegistry:
     """Creates, finds and drops jobs. Thread-safe.
 
@@ -39,18 +51,22 @@ class JobRegistry:
         device: Where jobs keep their tensors.
         max_jobs: The most jobs at once.
         max_job_bytes: The most bytes that values and state of one job may take.
+        max_job_workers: The most workers of one job at once.
+        lease_s: How long a worker stays in a job after it was last heard of, in seconds.
     """
 
-    def __init__(self, device: torch.device, *, max_jobs: int, max_job_bytes: int) -> None:
+    def __init__(
+        self, device: torch.device, *, max_jobs: int, max_job_bytes: int, max_job_workers: int, lease_s: float
+    ) -> None:
         self.device = device
         self.max_job_bytes = max_job_bytes
         self._max_jobs = max_jobs
+        self._max_job_workers = max_job_workers
+        self._lease_s = lease_s
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # guarded by self._lock
 
-    def enter(
-        self, opening: Opening, layout: WorkerLayout, member: Member, *, on_job: Callable[[Job], None]
-    ) -> tuple[Job, bool]:
+    def enter(self, opening: Opening, layout: WorkerLayout, member: Member, *, on_job: Callable[[Job], None]) -> Entry:
         """Lets a worker into a job, which it creates if there is none. Waits as `Job.admit` does.
 
         Args:
@@ -59,11 +75,9 @@ class JobRegistry:
             member: The worker.
             on_job: Called with the job that the worker is about to wait for.
 
-        Returns:
-            The job, and whether the worker created it and has to upload its values.
-
         Raises:
             JobExistsError: it exists and the worker wants a new one.
+            JobDeletedError: the worker returns to a job that is not there any more.
             JobMismatchError: the worker's settings or parameters are not the job's.
             LimitExceededError: there are too many jobs.
             RequestError: what `Job.admit` raises.
@@ -73,28 +87,66 @@ class JobRegistry:
             try:
                 on_job(job)
                 if creates:
-                    job.admit(member, creates=True, check=lambda: None)
-                else:
-                    job.await_ready(member)
-                    # Said at once, not when the open step is over; and again when nothing can change any more.
-                    _check_match(job, opening, layout)
-                    job.admit(member, creates=False, check=partial(_check_match, job, opening, layout))
+                    job.admit(member, creates=True, check=lambda: None, picks_rank=opening.rank is None)
+                    return Entry(job, creates=True)
+                job.await_ready(member)
+                # Said at once, not when the open step is over; and again when nothing can change any more.
+                _check_match(job, opening, layout)
+                is_current = job.admit(
+                    member,
+                    creates=False,
+                    check=partial(_check_match, job, opening, layout),
+                    returns=opening.returns_at_step is not None,
+                    picks_rank=opening.rank is None,
+                    base_step=opening.returns_at_step,
+                )
             except JobDeletedError:
+                if opening.returns_at_step is not None:
+                    raise
                 # Its creator gave up before it was ready, or an operator dropped it: look again.
                 continue
-            return job, creates
+            return Entry(job, is_current=is_current)
 
     def leave(self, job: Job, member: Member) -> None:
         """Takes a worker out of a job. Drops the job if it is private, or if the worker was still creating it."""
         try:
             job.leave(member)
         finally:
-            with self._lock:
-                ends = not job.worker_count and (job.settings.private or job.phase is JobPhase.CREATING)
-                if ends and self._jobs.get(job.name) is job:
-                    del self._jobs[job.name]
-            if ends:
-                job.delete()
+            self._drop_if_over(job)
+
+    def disconnect(self, job: Job, member: Member) -> None:
+        """A worker's line is down, as `Job.disconnect` says. Drops the job as `leave` does."""
+        try:
+            job.disconnect(member)
+        finally:
+            self._drop_if_over(job)
+
+    def tick(self, job: Job, now: float) -> None:
+        """Time has passed, as `Job.tick` says. Drops the job as `leave` does."""
+        try:
+            job.tick(now)
+        finally:
+            self._drop_if_over(job)
+
+    def due(self, now: float) -> list[Job]:
+        """The jobs for which `tick` may have something to do. Does not wait for any."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        return [job for job in jobs if job.is_due(now)]
+
+    def hear(self, name: str, worker_id: str, incarnation: int) -> bool:
+        """A worker is alive. Returns whether it is in its job. Does not wait for the job."""
+        with self._lock:
+            job = self._jobs.get(name)
+        return job is not None and job.hear(worker_id, incarnation)
+
+    def _drop_if_over(self, job: Job) -> None:
+        with self._lock:
+            ends = not job.worker_count and (job.settings.private or job.phase is JobPhase.CREATING)
+            if ends and self._jobs.get(job.name) is job:
+                del self._jobs[job.name]
+        if ends:
+            job.delete()
 
     def get(self, name: str) -> Job:
         """The job of that name.
@@ -135,24 +187,37 @@ class JobRegistry:
         with self._lock:
             job = self._jobs.get(opening.job)
             if job is not None and job.phase is not JobPhase.CREATING:
-                occupied = job.worker_count > 0
+                occupied = job.has_connected_workers
                 forming = occupied and job.step == 0
-                if opening.on_existing == job_pb2.ON_EXISTING_FAIL and not forming:
+                fresh = opening.returns_at_step is None
+                if opening.on_existing == job_pb2.ON_EXISTING_FAIL and not forming and fresh:
                     raise JobExistsError(
                         f"job {opening.job!r} exists, at step {job.step}; choose another name, or "
                         'on_existing="resume" or "replace"'
                     )
-                if opening.on_existing == job_pb2.ON_EXISTING_REPLACE and not occupied:
+                if opening.on_existing == job_pb2.ON_EXISTING_REPLACE and not occupied and fresh:
                     _log.info("job %s: replaced at step %d", job.name, job.step)
                     job.delete()
                     job = None
             if job is not None:
                 return job, False
+            if opening.returns_at_step is not None:
+                raise JobDeletedError(
+                    f"job {opening.job!r} is not on this server any more: it was deleted, or the server has been "
+                    "restarted and does not keep jobs"
+                )
             if len(self._jobs) >= self._max_jobs:
                 raise LimitExceededError(
                     f"this server holds {len(self._jobs)} jobs and takes no more (--max-jobs); delete one"
                 )
-            job = Job(opening.job, opening.settings, self.device, max_bytes=self.max_job_bytes)
+            job = Job(
+                opening.job,
+                opening.settings,
+                self.device,
+                max_bytes=self.max_job_bytes,
+                max_workers=self._max_job_workers,
+                lease_s=self._lease_s,
+            )
             self._jobs[opening.job] = job
             return job, True
 
@@ -161,14 +226,16 @@ def _check_match(job: Job, opening: Opening, layout: WorkerLayout) -> None:
     for setting in dataclasses.fields(job.settings):
         ours, theirs = getattr(job.settings, setting.name), getattr(opening.settings, setting.name)
         if ours != theirs and setting.name not in _CREATORS_CHOICE:
-            raise JobMismatchError(
-                f"job {job.name!r} has {setting.name} {ours}, rank {opening.worker.rank} asks for {theirs}"
-            )
+            raise JobMismatchError(f"job {job.name!r} has {setting.name} {ours}, {_who(opening)} asks for {theirs}")
     difference = first_difference(job.group_parameters(0), list(enumerate(layout.parameters)))
     if difference is None:
         difference = _first_group_difference(job.group_sizes, layout.sizes)
     if difference is not None:
-        raise JobMismatchError(f"rank {opening.worker.rank} does not match job {job.name!r}: {difference}")
+        raise JobMismatchError(f"{_who(opening)} does not match job {job.name!r}: {difference}")
+
+
+def _who(opening: Opening) -> str:
+    return f"worker {opening.worker_id}" if opening.rank is None else f"rank {opening.rank}"
 
 
 def _first_group_difference(ours: Sequence[int], theirs: Sequence[int]) -> str | None:

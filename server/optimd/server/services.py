@@ -13,6 +13,7 @@ import torch
 from optimd.server import update
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
 from optimd.server.job import Job
+from optimd.server.opening import encode_aggregation
 from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
@@ -36,6 +37,7 @@ class Limits:
     """What the server takes."""
 
     max_workers: int
+    max_job_workers: int
     max_jobs: int
     max_job_bytes: int
 
@@ -72,6 +74,11 @@ class OptimizerService:
                     request_deserializer=reading_pb2.GetCapabilitiesRequest.FromString,
                     response_serializer=reading_pb2.GetCapabilitiesResponse.SerializeToString,
                 ),
+                "Heartbeat": grpc.unary_unary_rpc_method_handler(
+                    self.heartbeat,
+                    request_deserializer=reading_pb2.HeartbeatRequest.FromString,
+                    response_serializer=reading_pb2.HeartbeatResponse.SerializeToString,
+                ),
                 "Train": grpc.stream_stream_rpc_method_handler(self.train),
                 "ReadState": grpc.unary_stream_rpc_method_handler(self.read_state),
                 "WatchSteps": grpc.unary_stream_rpc_method_handler(
@@ -98,6 +105,13 @@ class OptimizerService:
             rules=[update.RULE],
         )
 
+    def heartbeat(
+        self, request: reading_pb2.HeartbeatRequest, _context: grpc.ServicerContext
+    ) -> reading_pb2.HeartbeatResponse:
+        """A worker is alive. Waits for nothing."""
+        in_job = self._registry.hear(request.job, request.worker_id, request.incarnation)
+        return reading_pb2.HeartbeatResponse(in_job=in_job)
+
     def train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """One worker's stream.
 
@@ -112,7 +126,7 @@ class OptimizerService:
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} workers at once and is full (--max-workers)"
             )
-        session = TrainSession(self._registry, requests)
+        session = TrainSession(self._registry, requests, is_active=context.is_active, cancel=context.cancel)
         # A stream that says nothing would hold its place for ever.
         impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
         impatience.daemon = True
@@ -227,14 +241,7 @@ class AdminService(AdminServiceServicer):
         shown, _ = next(paginate(groups))
         return admin_pb2.GetJobResponse(
             summary=_summary(job),
-            aggregation=job_pb2.Aggregation(
-                sync=job_pb2.SyncAggregation(
-                    world_size=settings.world_size,
-                    reduction=job_pb2.REDUCTION_MEAN if settings.reduction == "mean" else job_pb2.REDUCTION_SUM,
-                    timeout_s=settings.timeout_s,
-                    join_timeout_s=settings.join_timeout_s,
-                )
-            ),
+            aggregation=encode_aggregation(settings),
             apply=job_pb2.APPLY_MODE_STREAMING if settings.apply == "streaming" else job_pb2.APPLY_MODE_ATOMIC,
             bucket_bytes=settings.bucket_bytes,
             bucket_count=len(job.store.buckets),
@@ -248,6 +255,10 @@ class AdminService(AdminServiceServicer):
                     pushes=job.record(member.worker.worker_id).pushes,
                     bytes_received=member.bytes_received,
                     bytes_sent=member.bytes_sent,
+                    connected=member.alive,
+                    silent_s=job.silence_s(member),
+                    dropped=job.record(member.worker.worker_id).dropped,
+                    lag=job.lag(member),
                 )
                 for member in job.members()
             ],

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from optimd.server import update
+from optimd.server.aggregation import Worker
 from optimd.server.answers import DECLINED, decode_options, refusal, values
 from optimd.server.bringing import AdoptedGroups
 from optimd.server.bufferexchange import attach_buffers, push_buffers
 from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError, RequestError
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
-from optimd.server.membership import Member
+from optimd.server.member import Member
 from optimd.server.opening import read_layout, read_opening
-from optimd.server.pushes import serve_accumulate, serve_discard, serve_step
+from optimd.server.pulling import CatchUp
+from optimd.server.pushes import serve_accumulate, serve_discard, serve_step, unseen_values
+from optimd.server.receipts import encode_receipt
 from optimd.server.registry import JobRegistry
 from optimd.server.staging import read_entries, receive_staged, staged_bytes
 from optimd.server.store import StagedState, Store
@@ -41,25 +45,39 @@ class TrainSession:
     Args:
         registry: The server's jobs.
         requests: The serialised requests, as they come.
+        is_active: Whether the call is still under way.
+        cancel: Ends it. May be called from any thread, and more than once.
     """
 
-    def __init__(self, registry: JobRegistry, requests: Iterator[bytes]) -> None:
+    def __init__(
+        self,
+        registry: JobRegistry,
+        requests: Iterator[bytes],
+        *,
+        is_active: Callable[[], bool] = lambda: True,
+        cancel: Callable[[], object] = lambda: None,
+    ) -> None:
         self._registry = registry
-        self._incoming = Incoming(requests)
+        self._incoming = Incoming(requests, self._hear)
+        self._is_active = is_active
+        self._cancel = cancel
         self._job: Job | None = None
         self._member: Member | None = None
         self._ended = False
+        self._leaves = False
         self._on_opened: Callable[[], None] = lambda: None
 
     def end(self) -> None:
-        """The call is over: the worker leaves its job, what waits on its behalf stops waiting. Waits for the job."""
+        """The call is over: what waits on the worker's behalf stops waiting. Waits for the job.
+
+        Unless it has left, the worker stays in its job until its lease ends.
+        """
         self._ended = True
         job, member = self._job, self._member
         if member is not None:
             member.alive = False
         if job is not None and member is not None:
-            job.disconnect(member)
-            self._registry.leave(job, member)
+            self._registry.disconnect(job, member)
 
     def responses(self, *, on_opened: Callable[[], None] = lambda: None) -> Iterator[bytes]:
         """What is to be sent, serialised, in order.
@@ -73,13 +91,29 @@ class TrainSession:
         self._on_opened = on_opened
         try:
             for response in self._serve():
-                if self._member is not None:
-                    self._member.bytes_sent += len(response)
-                    self._member.bytes_received = self._incoming.bytes_received
+                if self._member is None or self._job is None:
+                    yield response
+                    continue
+                self._member.bytes_sent += len(response)
+                self._member.bytes_received = self._incoming.bytes_received
+                # gRPC comes back for the next one when it has got rid of this one.
+                self._job.sending(self._member, since=time.monotonic())
                 yield response
+                self._job.sending(self._member, since=None)
+        except RequestError:
+            # It is told so, and will not come back to this place. Unless the line was the reason.
+            self._leaves = not self._incoming.has_ended and self._is_active()
+            raise
         finally:
             if self._job is not None and self._member is not None:
-                self._registry.leave(self._job, self._member)
+                if self._leaves:
+                    self._registry.leave(self._job, self._member)
+                else:
+                    self._registry.disconnect(self._job, self._member)
+
+    def _hear(self) -> None:
+        if self._job is not None and self._member is not None:
+            self._job.hear(self._member.worker.worker_id, self._member.incarnation)
 
     def _attach(self, job: Job) -> None:
         self._job = job
@@ -89,7 +123,7 @@ class TrainSession:
         while True:
             received = self._incoming.receive()
             if received is None:
-                break
+                return
             kind, message, _ = received
             if kind != "push_buffers":
                 job.buffers.decline(member)
@@ -111,10 +145,11 @@ class TrainSession:
                 case "push_buffers":
                     yield from push_buffers(self._incoming, job, member)
                 case "leave":
-                    break
+                    self._leaves = True
+                    _log.info("job %s: rank %d left", job.name, member.worker.rank)
+                    return
                 case _:
                     raise OutOfOrderError(f"{kind} came between two steps")
-        _log.info("job %s: rank %d left", job.name, member.worker.rank)
 
     # --- opening and growing
 
@@ -123,26 +158,35 @@ class TrainSession:
         opening = read_opening(message.open)
         layout = read_layout(self._incoming.layout_pages(), max_bytes=self._registry.max_job_bytes)
         self._on_opened()
-        member = Member(opening.worker, opening.incarnation)
+        member = Member(Worker(opening.rank or 0, opening.worker_id), opening.incarnation, cancel=self._cancel)
         self._member = member
         if self._ended:
             member.alive = False
-        job, creates = self._registry.enter(opening, layout, member, on_job=self._attach)
-        resumed = not creates and job.step > 0
+        entry = self._registry.enter(opening, layout, member, on_job=self._attach)
+        job, returns = entry.job, opening.returns_at_step is not None
         _log.info(
             "job %s: rank %d (%s, optimd %s) %s at step %d",
             job.name,
             member.worker.rank,
             member.worker.worker_id,
             message.open.client_version or "of another make",
-            "created it" if creates else "joined",
+            "created it" if entry.creates else "returned" if returns else "joined",
             job.step,
         )
-        if creates:
+        if entry.is_current:
+            accepted = self._accepted(job, creates=False, resumed=False, count=0)
+            accepted.current = True
+            yield encode(training_pb2.TrainResponse(layout_accepted=accepted))
+            yield from self._ready(job, member, step=job.step, tells=True)
+            return job, member
+        if entry.creates:
             buckets = job.bringing.grow(member, layout.groups, layout.sizes, layout.parameters)
         else:
             buckets = list(job.store.buckets)
-        yield from self._exchange_values(job, member, buckets, creates=creates, resumed=resumed, first_group=0)
+        resumed = not entry.creates and not returns and job.step > 0
+        yield from self._exchange_values(
+            job, member, buckets, creates=entry.creates, resumed=resumed, joins=True, tells=returns
+        )
         return job, member
 
     def _add_param_group(self, job: Job, member: Member, message: training_pb2.AddParamGroup) -> Iterator[bytes]:
@@ -192,6 +236,8 @@ class TrainSession:
         first_group: int = 0,
         group_count: int | None = None,
         store: Store | None = None,
+        joins: bool = False,
+        tells: bool = False,
     ) -> Iterator[bytes]:
         """From LayoutAccepted to JobReady.
 
@@ -204,37 +250,59 @@ class TrainSession:
             first_group: The first of the new groups.
             group_count: How many they are, if not all of the rest.
             store: Where the values go, if not to the job's own store.
+            joins: Whether the worker comes into the job with this.
+            tells: Whether it is told what became of its last push.
         """
-        yield encode(
-            training_pb2.TrainResponse(
-                layout_accepted=job_pb2.LayoutAccepted(
-                    send_values=creates,
-                    resumed=resumed,
-                    bucket_bytes=job.settings.bucket_bytes,
-                    bucket_count=len(buckets),
-                    apply=_APPLY[job.settings.apply],
-                )
-            )
-        )
+        accepted = self._accepted(job, creates=creates, resumed=resumed, count=len(buckets))
+        yield encode(training_pb2.TrainResponse(layout_accepted=accepted))
         for page, last in paginate(encode_bucket(bucket) for bucket in buckets):
             table = tensor_pb2.BucketTablePage(buckets=page, last=last)
             yield encode(training_pb2.TrainResponse(bucket_table=table))
         if creates:
             self._receive_values(store or job.store, buckets)
             job.bringing.grown(member)
-        else:
-            for layout in _layout_pages(job.bringing.adopt(member, first_group, group_count), first_group):
-                yield encode(training_pb2.TrainResponse(layout=layout))
-            for bucket in buckets:
-                yield values(job, bucket, [True] * len(bucket.slices))
-        standing = job.welcome(member)
+            yield from self._ready(job, member, step=job.step, brought=buckets, tells=tells)
+            return
+        adopted = job.bringing.adopt(member, first_group, group_count, keeps=tells)
+        for layout in _layout_pages(adopted, first_group):
+            yield encode(training_pb2.TrainResponse(layout=layout))
+        for bucket in buckets:
+            present = [True] * len(bucket.slices)
+            yield values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
+        step = job.step
+        if joins:
+            # What has changed meanwhile, as it does where the job does not wait for this worker.
+            catch_up = CatchUp()
+            yield from unseen_values(job, member, catch_up)
+            step = catch_up.step
+        yield from self._ready(job, member, step=step, tells=tells)
+
+    def _accepted(self, job: Job, *, creates: bool, resumed: bool, count: int) -> job_pb2.LayoutAccepted:
+        return job_pb2.LayoutAccepted(
+            send_values=creates,
+            resumed=resumed,
+            bucket_bytes=job.settings.bucket_bytes,
+            bucket_count=count,
+            apply=_APPLY[job.settings.apply],
+        )
+
+    def _ready(
+        self, job: Job, member: Member, *, step: int, brought: Sequence[Bucket] = (), tells: bool = False
+    ) -> Iterator[bytes]:
+        standing = job.welcome(member, step=step, brought=brought)
+        receipt = standing.receipt if tells else None
         ready = job_pb2.JobReady(
             job_step=standing.job_step,
             next_sequence=standing.next_sequence,
             load_count=standing.load_count,
             layout_count=standing.layout_count,
+            rank=member.worker.rank,
+            lease_s=job.lease_s,
+            receipt_follows=receipt is not None,
         )
         yield encode(training_pb2.TrainResponse(ready=ready))
+        if receipt is not None:
+            yield encode(training_pb2.TrainResponse(receipt=encode_receipt(receipt)))
 
     def _receive_values(self, store: Store, buckets: Sequence[Bucket]) -> None:
         awaited = {bucket.bucket_id for bucket in buckets}

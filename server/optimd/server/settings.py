@@ -13,8 +13,14 @@ PARAMETER_OVERHEAD_BYTES: Final = 2048
 class JobSettings:
     """What the job's creator asked for. All workers of a job ask for the same."""
 
-    world_size: int
-    reduction: Literal["mean", "sum"]
+    aggregation: Literal["sync", "async"] = "sync"
+    world_size: int | None
+    """How many workers the first synchronous step waits for; None for whoever is there, as in an asynchronous job."""
+    reduction: Literal["mean", "sum"] = "mean"
+    backup_workers: int = 0
+    deterministic: bool = False
+    on_loss: Literal["shrink", "wait"] = "shrink"
+    max_staleness: int | None = None
     max_grad_norm: float | None = None
     nonfinite: Literal["allow", "skip", "error"] = "allow"
     apply: Literal["streaming", "atomic"]
@@ -22,3 +28,13 @@ class JobSettings:
     timeout_s: float
     join_timeout_s: float
     private: bool
+
+    @property
+    def is_async(self) -> bool:
+        """Whether each push is a step of its own."""
+        return self.aggregation == "async"
+
+    @property
+    def holds_apart(self) -> bool:
+        """Whether the gradients of each worker are held apart until they are reduced."""
+        return self.deterministic or self.backup_workers > 0

@@ -7,7 +7,7 @@ called with the job's lock held.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 
 from optimd.server import clipping, update
-from optimd.server.accumulator import GradientAccumulator
-from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Skip, Worker
-from optimd.server.errors import LimitExceededError, NonFiniteGradientError, UpdateRefusedError
-from optimd.server.membership import Member, disagree, speaker
+from optimd.server.accumulator import GradientAccumulator, SeparateGradients
+from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Discard, Skip, TimeOut, Worker
+from optimd.server.errors import LimitExceededError, NonFiniteGradientError, StepTimeoutError, UpdateRefusedError
+from optimd.server.member import Member, disagree, speaker
 from optimd.server.pushed import PushedContent
+from optimd.server.sight import Changes
 from optimd.server.store import Store
 from optimd.wire.layout import Bucket
 
@@ -36,9 +37,11 @@ class Round:
     `applied` only grows, so that a stream may read it without the lock up to a length that it was told under it.
     """
 
-    groups: list[dict[str, Any]]
-    """The step's hyperparameters: the job's, until its first completed bucket settles them."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """The step's hyperparameters, from its first completed bucket on."""
     settled: bool = False
+    spoken: bool = False
+    """Whether they are a contributor's, and hold for the job from this step on."""
     pushed: PushedContent = field(default_factory=PushedContent)
     """What its workers changed outside of steps, in place from the first update on."""
     replaced: dict[int, Worker] = field(default_factory=dict)
@@ -71,13 +74,18 @@ class Round:
 
 
 class Stepper:
-    """Turns decisions into updates.
+    """Turns decisions into updates: one round at a time.
 
     Args:
         job: The job's name, for the log.
         store: The job's tensors.
         members: The job's live workers: the job's own dict, of which this sees every change.
+        groups: Gives the job's param_groups as they hold.
+        changes: The job's account of what has changed.
+        settle_torn: Brings parameters of which some slices have had an update and others have not to one step; gives
+            their indices.
         mean: Whether contributions are averaged or summed.
+        separate: Whether contributions are held apart until they are reduced.
         max_grad_norm: What norm a step's gradient is scaled down to. Needs atomic steps.
         nonfinite: What becomes of a step whose gradient is not finite. "skip" and "error" need atomic steps.
     """
@@ -88,29 +96,35 @@ class Stepper:
         store: Store,
         members: Mapping[Worker, Member],
         *,
+        groups: Callable[[], Sequence[dict[str, Any]]],
+        changes: Changes,
+        settle_torn: Callable[[], list[int]],
         mean: bool,
+        separate: bool = False,
         max_grad_norm: float | None = None,
         nonfinite: Literal["allow", "skip", "error"] = "allow",
     ) -> None:
         self._job = job
         self._store = store
         self._members = members
+        self._groups = groups
+        self._changes = changes
+        self._settle_torn = settle_torn
         self._mean = mean
+        self._is_separate = separate
         self._max_grad_norm = max_grad_norm
         self._nonfinite = nonfinite
         self._round: Round | None = None
         self._accumulators: dict[int, GradientAccumulator] = {}
+        # Where contributions are held apart, until a bucket of them is complete.
+        self._separate: dict[int, SeparateGradients] = {}
         # Complete buckets whose kernel needs whole parameters: applied with the step's last push.
         self._deferred: set[int] = set()
 
-    def open_round(self, groups: Sequence[dict[str, Any]]) -> Round:
-        """The open step's round; a new one if no push has begun it yet.
-
-        Args:
-            groups: The job's param_groups.
-        """
+    def open_round(self) -> Round:
+        """The open step's round; a new one if no push has begun it yet."""
         if self._round is None:
-            self._round = Round([dict(group) for group in groups])
+            self._round = Round()
         return self._round
 
     def contribute(
@@ -145,7 +159,10 @@ class Stepper:
                 return
             if grad_scale is not None:
                 payload = _unscaled(payload, grad_scale)
-            self._accumulator(bucket).add(payload, present)
+            if self._is_separate:
+                self._separated(bucket).add(worker, payload, present)
+            else:
+                self._accumulator(bucket).add(payload, present)
         self.carry_out(decisions)
 
     def carry_out(self, decisions: Sequence[Decision]) -> Round | None:
@@ -162,6 +179,10 @@ class Stepper:
         if round_ is None or not decisions:
             return None
         with self._failing_together():
+            # First, whatever the order: a step is looked at as a whole without what does not count.
+            for decision in decisions:
+                if isinstance(decision, Discard):
+                    self._discard(decision.worker, decision.buckets)
             for decision in self._examined(round_, decisions):
                 match decision:
                     case ApplyBucket(bucket_id=bucket_id, contributors=contributors):
@@ -172,6 +193,8 @@ class Stepper:
                         self._skip(round_, decision)
                     case Abandon(lost=lost):
                         self._abandon(round_, lost)
+                    case TimeOut(missing=missing):
+                        self._time_out(missing)
         return round_ if round_.is_over else None
 
     def _examined(self, round_: Round, decisions: Sequence[Decision]) -> Sequence[Decision]:
@@ -220,14 +243,17 @@ class Stepper:
         if self._nonfinite == "error":
             raise NonFiniteGradientError(f"{problem}; nothing was applied")
         _log.warning("job %s: %s; the step is skipped", self._job, problem)
-        return Skip(commit.step - 1, tuple(sorted((*commit.contributors, *commit.skipped))))
+        return Skip(commit.step - 1, tuple(sorted((*commit.contributors, *commit.skipped))), commit.late)
 
     def _reduced(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> list[torch.Tensor]:
+        separate = self._separate.get(bucket.bucket_id)
+        if separate is not None and not separate.is_empty:
+            self._accumulators[bucket.bucket_id] = separate.add_up(contributors)
         return self._accumulator(bucket).reduced(len(contributors) if self._mean else 1)
 
     def _apply_accumulated(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> None:
-        accumulator = self._accumulator(bucket)
         grads = self._reduced(bucket, contributors)
+        accumulator = self._accumulator(bucket)
         if self._splits_freely(bucket, contributors):
             self._apply(bucket, contributors, accumulator.present, grads)
             accumulator.clear()
@@ -246,7 +272,12 @@ class Stepper:
         round_ = self._settle(contributors)
         with _torchs_errors():
             self._store.apply(bucket, present, grads, round_.groups[bucket.group], grad_scale=grad_scale)
-        round_.applied.append((bucket.bucket_id, list(present)))
+        self._tell(round_, bucket.bucket_id, list(present))
+
+    def _tell(self, round_: Round, bucket_id: int, present: list[bool]) -> None:
+        """Workers have to hear of a bucket."""
+        self._changes.mark(bucket_id)
+        round_.applied.append((bucket_id, present))
 
     def _apply_deferred(self, round_: Round) -> None:
         """Steps whole parameters with the gradients in the accumulators of their buckets."""
@@ -262,7 +293,7 @@ class Stepper:
                 with _torchs_errors():
                     self._store.apply_whole(index, grads, round_.groups[group])
         for bucket_id in sorted(self._deferred):
-            round_.applied.append((bucket_id, self._accumulators[bucket_id].present))
+            self._tell(round_, bucket_id, self._accumulators[bucket_id].present)
             self._accumulators[bucket_id].clear()
         self._deferred.clear()
 
@@ -274,6 +305,8 @@ class Stepper:
         round_.disagreed = disagree(self._members, commit.contributors)
         if commit.partial_contributors:
             self._settle_torn_parameters(commit)
+        # What is held of pushes that came too late.
+        self._clear_separate()
         round_.commit = commit
         self._round = None
 
@@ -283,6 +316,28 @@ class Stepper:
         self._spread_replaced(round_)
         round_.skipped = skip
         self._forget()
+
+    def _discard(self, worker: Worker, buckets: Sequence[int]) -> None:
+        """Takes an unfinished push out of the step. Where gradients are added up, that takes out everybody's."""
+        self.forget_content(worker)
+        if buckets:
+            _log.warning(
+                "job %s: rank %d did not complete its push: nothing of it is in the step", self._job, worker.rank
+            )
+        for bucket_id in buckets:
+            if self._is_separate:
+                self._separate[bucket_id].discard(worker)
+            else:
+                self._accumulators[bucket_id].clear()
+
+    def _time_out(self, missing: Sequence[Worker]) -> None:
+        ranks = ", ".join(str(worker.rank) for worker in missing)
+        self._fail(
+            StepTimeoutError(
+                f"job {self._job!r}: rank {ranks} did not come in time (timeout_s), and the job does not step without "
+                "it; nothing was applied. Start it again, and call step() again to go on waiting"
+            )
+        )
 
     def _spread_replaced(self, round_: Round) -> None:
         """Has every worker hear of values that one of them pushed and that no update has sent on."""
@@ -302,11 +357,11 @@ class Stepper:
                     left.setdefault(place[0], set()).add(place[1])
         for bucket_id in sorted(left):
             count = len(self._store.buckets[bucket_id].slices)
-            round_.applied.append((bucket_id, [position in left[bucket_id] for position in range(count)]))
+            self._tell(round_, bucket_id, [position in left[bucket_id] for position in range(count)])
 
     def _settle_torn_parameters(self, commit: Commit) -> None:
         """Brings parameters to one step of which a lost worker's push, and nobody else's, reached some slices only."""
-        torn = self._store.settle_partial_steps()
+        torn = self._settle_torn()
         if not torn:
             return
         names = [self._store.parameters[index].title(index) for index in torn[:_NAMED_IN_LOG]]
@@ -321,7 +376,8 @@ class Stepper:
         )
 
     def _abandon(self, round_: Round, lost: tuple[Worker, ...]) -> None:
-        if round_.applied or not all(accumulator.is_empty for accumulator in self._accumulators.values()):
+        held: list[GradientAccumulator | SeparateGradients] = [*self._accumulators.values(), *self._separate.values()]
+        if round_.applied or not all(gradients.is_empty for gradients in held):
             _log.warning(
                 "job %s: every worker of the open step was lost (rank %s); its gradients are discarded",
                 self._job,
@@ -348,14 +404,19 @@ class Stepper:
         """Ends the round for all its workers. Buckets that were applied before stay so."""
         if self._round is not None:
             self._round.failure = error
-            self._store.settle_partial_steps()
+            self._settle_torn()
             self._forget()
 
     def _forget(self) -> None:
         for accumulator in self._accumulators.values():
             accumulator.clear()
+        self._clear_separate()
         self._deferred.clear()
         self._round = None
+
+    def _clear_separate(self) -> None:
+        for separate in self._separate.values():
+            separate.clear()
 
     def _settle(self, contributors: tuple[Worker, ...]) -> Round:
         """Settles the step's hyperparameters, and installs what was pushed besides gradients.
@@ -368,15 +429,29 @@ class Stepper:
         if not round_.settled:
             round_.settled = True
             voice = speaker(self._members, contributors)
-            if voice is not None:
-                round_.groups = [dict(group) for group in voice.groups]
+            round_.spoken = voice is not None
+            # An asynchronous job may have groups that this worker has not added yet.
+            spoken = [] if voice is None else voice.groups
+            round_.groups = [dict(group) for group in (*spoken, *self._groups()[len(spoken) :])]
             if round_.pushed:
                 round_.replaced = round_.pushed.install(self._store)
+                for index in round_.replaced:
+                    for bucket_id, _ in self._store.places(index):
+                        self._changes.mark(bucket_id)
         return round_
 
     def _splits_freely(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> bool:
         options = self._settle(contributors).groups[bucket.group]
         return update.is_split_invariant(options, bucket.server_dtype)
+
+    def _separated(self, bucket: Bucket) -> SeparateGradients:
+        separate = self._separate.get(bucket.bucket_id)
+        if separate is None:
+            separate = self._separate[bucket.bucket_id] = SeparateGradients(bucket, self._store.device)
+        used = self._accumulators.get(bucket.bucket_id)
+        if used is not None and used.is_empty:
+            separate.take_back(self._accumulators.pop(bucket.bucket_id))
+        return separate
 
     def _accumulator(self, bucket: Bucket) -> GradientAccumulator:
         accumulator = self._accumulators.get(bucket.bucket_id)

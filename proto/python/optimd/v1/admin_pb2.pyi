@@ -9,16 +9,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "pushes", "bytes_received", "bytes_sent")
+    __slots__ = ("worker", "pushes", "bytes_received", "bytes_sent", "connected", "silent_s", "dropped", "lag")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
     worker: _job_pb2.WorkerIdentity
     pushes: int
     bytes_received: int
     bytes_sent: int
-    def __init__(self, worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., pushes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ...) -> None: ...
+    connected: bool
+    silent_s: float
+    dropped: int
+    lag: int
+    def __init__(self, worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., pushes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., connected: bool = ..., silent_s: _Optional[float] = ..., dropped: _Optional[int] = ..., lag: _Optional[int] = ...) -> None: ...
 
 class JobSummary(_message.Message):
     __slots__ = ("job", "step", "worker_count", "parameter_count", "element_count", "value_bytes", "state_bytes", "device", "private")

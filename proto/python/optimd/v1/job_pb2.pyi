@@ -29,6 +29,12 @@ class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REDUCTION_MEAN: _ClassVar[Reduction]
     REDUCTION_SUM: _ClassVar[Reduction]
 
+class OnLoss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_LOSS_UNSPECIFIED: _ClassVar[OnLoss]
+    ON_LOSS_SHRINK: _ClassVar[OnLoss]
+    ON_LOSS_WAIT: _ClassVar[OnLoss]
+
 class NonFinite(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NON_FINITE_UNSPECIFIED: _ClassVar[NonFinite]
@@ -46,6 +52,9 @@ APPLY_MODE_ATOMIC: ApplyMode
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_MEAN: Reduction
 REDUCTION_SUM: Reduction
+ON_LOSS_UNSPECIFIED: OnLoss
+ON_LOSS_SHRINK: OnLoss
+ON_LOSS_WAIT: OnLoss
 NON_FINITE_UNSPECIFIED: NonFinite
 NON_FINITE_ALLOW: NonFinite
 NON_FINITE_SKIP: NonFinite
@@ -62,25 +71,43 @@ class WorkerIdentity(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class SyncAggregation(_message.Message):
-    __slots__ = ("world_size", "reduction", "timeout_s", "join_timeout_s")
+    __slots__ = ("world_size", "reduction", "timeout_s", "join_timeout_s", "backup_workers", "deterministic", "on_loss")
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     JOIN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    BACKUP_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    ON_LOSS_FIELD_NUMBER: _ClassVar[int]
     world_size: int
     reduction: Reduction
     timeout_s: float
     join_timeout_s: float
-    def __init__(self, world_size: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., timeout_s: _Optional[float] = ..., join_timeout_s: _Optional[float] = ...) -> None: ...
+    backup_workers: int
+    deterministic: bool
+    on_loss: OnLoss
+    def __init__(self, world_size: _Optional[int] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., timeout_s: _Optional[float] = ..., join_timeout_s: _Optional[float] = ..., backup_workers: _Optional[int] = ..., deterministic: bool = ..., on_loss: _Optional[_Union[OnLoss, str]] = ...) -> None: ...
+
+class AsyncAggregation(_message.Message):
+    __slots__ = ("max_staleness", "timeout_s", "join_timeout_s")
+    MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    max_staleness: int
+    timeout_s: float
+    join_timeout_s: float
+    def __init__(self, max_staleness: _Optional[int] = ..., timeout_s: _Optional[float] = ..., join_timeout_s: _Optional[float] = ...) -> None: ...
 
 class Aggregation(_message.Message):
-    __slots__ = ("sync",)
+    __slots__ = ("sync", "asynchronous")
     SYNC_FIELD_NUMBER: _ClassVar[int]
+    ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
     sync: SyncAggregation
-    def __init__(self, sync: _Optional[_Union[SyncAggregation, _Mapping]] = ...) -> None: ...
+    asynchronous: AsyncAggregation
+    def __init__(self, sync: _Optional[_Union[SyncAggregation, _Mapping]] = ..., asynchronous: _Optional[_Union[AsyncAggregation, _Mapping]] = ...) -> None: ...
 
 class OpenJob(_message.Message):
-    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite")
+    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step")
     JOB_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ON_EXISTING_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +118,7 @@ class OpenJob(_message.Message):
     CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_AT_STEP_FIELD_NUMBER: _ClassVar[int]
     job: str
     worker: WorkerIdentity
     on_existing: OnExisting
@@ -101,7 +129,8 @@ class OpenJob(_message.Message):
     client_version: str
     max_grad_norm: float
     nonfinite: NonFinite
-    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ...) -> None: ...
+    returns_at_step: int
+    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ...) -> None: ...
 
 class CarriedState(_message.Message):
     __slots__ = ("parameter", "carried_from")
@@ -124,27 +153,35 @@ class LayoutPage(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ..., carried: _Optional[_Iterable[_Union[CarriedState, _Mapping]]] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
-    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply")
+    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current")
     SEND_VALUES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUCKET_COUNT_FIELD_NUMBER: _ClassVar[int]
     APPLY_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
     send_values: bool
     resumed: bool
     bucket_bytes: int
     bucket_count: int
     apply: ApplyMode
-    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ...) -> None: ...
+    current: bool
+    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ...) -> None: ...
 
 class JobReady(_message.Message):
-    __slots__ = ("job_step", "next_sequence", "load_count", "layout_count")
+    __slots__ = ("job_step", "next_sequence", "load_count", "layout_count", "rank", "lease_s", "receipt_follows")
     JOB_STEP_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     job_step: int
     next_sequence: int
     load_count: int
     layout_count: int
-    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ..., layout_count: _Optional[int] = ...) -> None: ...
+    rank: int
+    lease_s: float
+    receipt_follows: bool
+    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ..., layout_count: _Optional[int] = ..., rank: _Optional[int] = ..., lease_s: _Optional[float] = ..., receipt_follows: bool = ...) -> None: ...

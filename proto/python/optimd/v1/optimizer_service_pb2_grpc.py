@@ -47,6 +47,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optimd_dot_v1_dot_reading__pb2.GetCapabilitiesRequest.SerializeToString,
                 response_deserializer=optimd_dot_v1_dot_reading__pb2.GetCapabilitiesResponse.FromString,
                 _registered_method=True)
+        self.Heartbeat = channel.unary_unary(
+                '/optimd.v1.OptimizerService/Heartbeat',
+                request_serializer=optimd_dot_v1_dot_reading__pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=optimd_dot_v1_dot_reading__pb2.HeartbeatResponse.FromString,
+                _registered_method=True)
         self.Train = channel.stream_stream(
                 '/optimd.v1.OptimizerService/Train',
                 request_serializer=optimd_dot_v1_dot_training__pb2.TrainRequest.SerializeToString,
@@ -83,28 +88,44 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Heartbeat(self, request, context):
+        """Says that a worker is alive. A worker stays in its job for `JobReady.lease_s` after the server has heard of it last,
+        by a message on its stream or by this call, whether its stream is up or broken; then its place is free. It MUST call
+        this several times in that time, from JobReady on until it leaves, in the middle of steps too: its stream may be
+        silent for as long as others keep it waiting.
+
+        Idempotent, may be retried at will. A job that is unknown is answered as one that the worker is not in.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Train(self, request_iterator, context):
         """Opens a job and trains on it. One stream is one worker: the worker is a member of the job, whose steps wait
-        for it, from its LayoutAccepted until the stream ends, however it ends.
+        for it, from its LayoutAccepted until it leaves, or its lease ends. Where what the server sends is not taken for
+        as long as the lease, it ends as well.
 
         Ordering. The worker MUST send OpenJob first, then its LayoutPages; the exchange that follows is told at
         LayoutAccepted. After JobReady the worker sends, one after another and each only once the one before it is
-        answered: a push (StepBegin ... StepEnd, answered by buckets and a StepReceipt), AddParamGroup (answered by
+        answered: a push (StepBegin ... StepEnd, answered by buckets, perhaps PushAgain, and a StepReceipt), AddParamGroup (answered by
         LayoutAccepted ... JobReady), ReplaceLayout (likewise), LoadState (answered by
         LoadStateAccepted, then StateLoaded), Accumulate and DiscardAccumulated (answered by Accumulated), AttachBuffers
         (answered by BuffersAccepted, then BuffersHeld), PushBuffers (answered by BuffersHeld), Leave (answered by the end
         of the stream). In a push the server sends updated buckets while it still receives: a worker MUST read while it writes.
 
-        Idempotency and retries. The stream is not idempotent and MUST NOT be resent blindly: a push whose StepReceipt
-        did not arrive may have been applied. A worker whose stream broke opens the job again with the same `worker_id`
-        and a JobReady tells it `job_step` and `next_sequence`: if `next_sequence` is past the push's sequence number,
-        the push is in.
+        Idempotency and retries. (job, worker_id, sequence, bucket) is applied at most once. A worker whose stream broke
+        opens the job again with the same `worker_id` and incarnation and `returns_at_step`, and JobReady tells it
+        `job_step` and `next_sequence`: if that is past its push's sequence number, the push is answered, and the StepReceipt
+        that it missed follows JobReady. Else it sends the whole push again, as it was: what the server has of it
+        is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
+        gradients that it computes for the same sequence number.
 
-        A stream that ends in the middle of a push: in atomic mode the push's buckets count as those of a partial
-        contributor if other workers complete the step, else they are discarded; in streaming mode with one worker the
-        step is closed as it stands. What it pushed besides gradients is discarded unless something of the step has been
-        applied. What was held of its accumulated gradients is gone, and what it was bringing (a group, a layout, a
-        state_dict, buffers) is taken back.
+        A worker that is lost in the middle of a push (its lease ended, or another process took its place) is no contributor
+        in atomic mode: what it gave is taken out of the step, for which the others may be told to `push_again`; with
+        ON_LOSS_WAIT it is kept for it. In streaming mode its buckets stay in as those of a partial contributor. What it
+        pushed besides gradients is discarded unless something of the step has been applied, and what was held of its
+        accumulated gradients is gone. What a worker was bringing (a group, a layout, a state_dict, buffers) is taken back
+        as soon as its stream breaks.
 
         What a worker can answer is `refused` on a stream that goes on; it says which reasons. All other errors end the
         stream.
@@ -114,11 +135,13 @@ class OptimizerServiceServicer(object):
         malformed layout. (UPDATE_REFUSED): torch refused the update, or the options of a layout.
         - FAILED_PRECONDITION (JOB_MISMATCH): parameters, groups, settings or loads are not the job's; the message names
         the first that differs. (OUT_OF_ORDER): a message out of order, a wrong sequence number.
-        - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons.
+        - ALREADY_EXISTS (JOB_EXISTS, WORKER_IN_USE): see the reasons. A process that takes the place of one whose stream
+        is broken is let in at once; else when the other's lease has ended, unless that is heard of before.
         - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): too many workers, jobs or bytes. Answered at once, never by waiting.
         - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
         - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
-        - ABORTED (JOB_DELETED): an operator deleted the job.
+        - ABORTED (JOB_DELETED): an operator deleted the job, or a process returns to one that is not there any more.
+        (SUPERSEDED): another process has taken the worker's id.
         - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -170,6 +193,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     request_deserializer=optimd_dot_v1_dot_reading__pb2.GetCapabilitiesRequest.FromString,
                     response_serializer=optimd_dot_v1_dot_reading__pb2.GetCapabilitiesResponse.SerializeToString,
             ),
+            'Heartbeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=optimd_dot_v1_dot_reading__pb2.HeartbeatRequest.FromString,
+                    response_serializer=optimd_dot_v1_dot_reading__pb2.HeartbeatResponse.SerializeToString,
+            ),
             'Train': grpc.stream_stream_rpc_method_handler(
                     servicer.Train,
                     request_deserializer=optimd_dot_v1_dot_training__pb2.TrainRequest.FromString,
@@ -220,6 +248,33 @@ class OptimizerService(object):
             '/optimd.v1.OptimizerService/GetCapabilities',
             optimd_dot_v1_dot_reading__pb2.GetCapabilitiesRequest.SerializeToString,
             optimd_dot_v1_dot_reading__pb2.GetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heartbeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optimd.v1.OptimizerService/Heartbeat',
+            optimd_dot_v1_dot_reading__pb2.HeartbeatRequest.SerializeToString,
+            optimd_dot_v1_dot_reading__pb2.HeartbeatResponse.FromString,
             options,
             channel_credentials,
             insecure,

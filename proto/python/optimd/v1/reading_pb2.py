@@ -27,7 +27,7 @@ from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 from optimd.v1 import training_pb2 as optimd_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optimd/v1/reading.proto\x12\toptimd.v1\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\x1a\x18optimd/v1/training.proto\"\x18\n\x16GetCapabilitiesRequest\"\xda\x01\n\x17GetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\r\x12\x18\n\x10max_bucket_bytes\x18\x05 \x01(\r\x12\x13\n\x0bmax_workers\x18\x06 \x01(\r\x12\x10\n\x08max_jobs\x18\x07 \x01(\r\x12\x15\n\rmax_job_bytes\x18\x08 \x01(\x04\x12\r\n\x05rules\x18\t \x03(\t\"[\n\x10ReadStateRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\r\x12&\n\x07tensors\x18\x03 \x03(\x0e\x32\x15.optimd.v1.TensorKind\"\x8a\x01\n\x11ReadStateResponse\x12.\n\nstate_dict\x18\x01 \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12)\n\x06\x62ucket\x18\x02 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"G\n\x11WatchStepsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nafter_step\x18\x03 \x01(\x04\"R\n\x12WatchStepsResponse\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.optimd.v1.StepReceipt\x12\x13\n\x0b\x63ontributed\x18\x02 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optimd/v1/reading.proto\x12\toptimd.v1\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\x1a\x18optimd/v1/training.proto\"\x18\n\x16GetCapabilitiesRequest\"\xda\x01\n\x17GetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\r\x12\x18\n\x10max_bucket_bytes\x18\x05 \x01(\r\x12\x13\n\x0bmax_workers\x18\x06 \x01(\r\x12\x10\n\x08max_jobs\x18\x07 \x01(\r\x12\x15\n\rmax_job_bytes\x18\x08 \x01(\x04\x12\r\n\x05rules\x18\t \x03(\t\"G\n\x10HeartbeatRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"#\n\x11HeartbeatResponse\x12\x0e\n\x06in_job\x18\x01 \x01(\x08\"[\n\x10ReadStateRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\r\x12&\n\x07tensors\x18\x03 \x03(\x0e\x32\x15.optimd.v1.TensorKind\"\x8a\x01\n\x11ReadStateResponse\x12.\n\nstate_dict\x18\x01 \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12)\n\x06\x62ucket\x18\x02 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"G\n\x11WatchStepsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nafter_step\x18\x03 \x01(\x04\"R\n\x12WatchStepsResponse\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.optimd.v1.StepReceipt\x12\x13\n\x0b\x63ontributed\x18\x02 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCAPABILITIESREQUEST']._serialized_end=140
   _globals['_GETCAPABILITIESRESPONSE']._serialized_start=143
   _globals['_GETCAPABILITIESRESPONSE']._serialized_end=361
-  _globals['_READSTATEREQUEST']._serialized_start=363
-  _globals['_READSTATEREQUEST']._serialized_end=454
-  _globals['_READSTATERESPONSE']._serialized_start=457
-  _globals['_READSTATERESPONSE']._serialized_end=595
-  _globals['_WATCHSTEPSREQUEST']._serialized_start=597
-  _globals['_WATCHSTEPSREQUEST']._serialized_end=668
-  _globals['_WATCHSTEPSRESPONSE']._serialized_start=670
-  _globals['_WATCHSTEPSRESPONSE']._serialized_end=752
+  _globals['_HEARTBEATREQUEST']._serialized_start=363
+  _globals['_HEARTBEATREQUEST']._serialized_end=434
+  _globals['_HEARTBEATRESPONSE']._serialized_start=436
+  _globals['_HEARTBEATRESPONSE']._serialized_end=471
+  _globals['_READSTATEREQUEST']._serialized_start=473
+  _globals['_READSTATEREQUEST']._serialized_end=564
+  _globals['_READSTATERESPONSE']._serialized_start=567
+  _globals['_READSTATERESPONSE']._serialized_end=705
+  _globals['_WATCHSTEPSREQUEST']._serialized_start=707
+  _globals['_WATCHSTEPSREQUEST']._serialized_end=778
+  _globals['_WATCHSTEPSRESPONSE']._serialized_start=780
+  _globals['_WATCHSTEPSRESPONSE']._serialized_end=862
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,22 @@ class GetCapabilitiesResponse(_message.Message):
     rules: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_bucket_bytes: _Optional[int] = ..., max_workers: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_job_bytes: _Optional[int] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("job", "worker_id", "incarnation")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    worker_id: str
+    incarnation: int
+    def __init__(self, job: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ("in_job",)
+    IN_JOB_FIELD_NUMBER: _ClassVar[int]
+    in_job: bool
+    def __init__(self, in_job: bool = ...) -> None: ...
+
 class ReadStateRequest(_message.Message):
     __slots__ = ("job", "parameters", "tensors")
     JOB_FIELD_NUMBER: _ClassVar[int]

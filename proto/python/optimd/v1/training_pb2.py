@@ -29,55 +29,57 @@ from optimd.v1 import state_dict_pb2 as optimd_dot_v1_dot_state__dict__pb2
 from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optimd/v1/training.proto\x12\toptimd.v1\x1a\x16optimd/v1/errors.proto\x1a\x13optimd/v1/job.proto\x1a\x1boptimd/v1/param_group.proto\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\"\x83\x02\n\tStepBegin\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tbase_step\x18\x02 \x01(\x04\x12\x13\n\x0bgroup_count\x18\x03 \x01(\r\x12\x12\n\nload_count\x18\x04 \x01(\x04\x12\x19\n\x11param_group_pages\x18\x05 \x01(\r\x12\x14\n\x0clayout_count\x18\x06 \x01(\x04\x12\x14\n\x0cpushed_pages\x18\x07 \x01(\r\x12\r\n\x05micro\x18\x08 \x01(\r\x12\x17\n\ngrad_scale\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07skipped\x18\n \x01(\x08\x12\x19\n\x11without_gradients\x18\x0b \x01(\x08\x42\r\n\x0b_grad_scale\"\x1f\n\x07StepEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"\x86\x02\n\x0bStepReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.optimd.v1.StepOutcome\x12\x14\n\x0c\x63ontributors\x18\x04 \x03(\r\x12\x1c\n\x14partial_contributors\x18\x05 \x03(\r\x12!\n\x19hyperparameters_disagreed\x18\x06 \x01(\x08\x12\x16\n\tgrad_norm\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\x12pushed_differently\x18\x08 \x03(\r\x12\x15\n\rwants_buffers\x18\t \x01(\x08\x42\x0c\n\n_grad_norm\"X\n\nAccumulate\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05micro\x18\x02 \x01(\r\x12\x13\n\x0bgroup_count\x18\x03 \x01(\r\x12\x14\n\x0clayout_count\x18\x04 \x01(\x04\"%\n\rAccumulateEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"5\n\x12\x44iscardAccumulated\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05micro\x18\x02 \x01(\r\"\x1c\n\x0b\x41\x63\x63umulated\x12\r\n\x05micro\x18\x01 \x01(\r\"%\n\rReplaceLayout\x12\x14\n\x0clayout_count\x18\x01 \x01(\x04\"\x0f\n\rAttachBuffers\"C\n\x0b\x42uffersPage\x12&\n\x07\x62uffers\x18\x01 \x03(\x0b\x32\x15.optimd.v1.BufferSpec\x12\x0c\n\x04last\x18\x02 \x01(\x08\"&\n\x0f\x42uffersAccepted\x12\x13\n\x0bsend_values\x18\x01 \x01(\x08\"\r\n\x0bPushBuffers\"\r\n\x0b\x42uffersHeld\"\x1e\n\rAddParamGroup\x12\r\n\x05group\x18\x01 \x01(\r\">\n\tLoadState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nload_count\x18\x02 \x01(\x04\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\'\n\x11LoadStateAccepted\x12\x12\n\nsend_state\x18\x01 \x01(\x08\"$\n\x0cLoadStateEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"!\n\x0bStateLoaded\x12\x12\n\nload_count\x18\x01 \x01(\x04\"\x07\n\x05Leave\"\xcc\x07\n\x0cTrainRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.optimd.v1.OpenJobH\x00\x12\'\n\x06layout\x18\x02 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12*\n\nstep_begin\x18\x03 \x01(\x0b\x32\x14.optimd.v1.StepBeginH\x00\x12\x32\n\x0cparam_groups\x18\x04 \x01(\x0b\x32\x1a.optimd.v1.ParamGroupsPageH\x00\x12)\n\x06\x62ucket\x18\x05 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12&\n\x08step_end\x18\x06 \x01(\x0b\x32\x12.optimd.v1.StepEndH\x00\x12\x33\n\x0f\x61\x64\x64_param_group\x18\x07 \x01(\x0b\x32\x18.optimd.v1.AddParamGroupH\x00\x12*\n\nload_state\x18\x08 \x01(\x0b\x32\x14.optimd.v1.LoadStateH\x00\x12.\n\nstate_dict\x18\t \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12\x31\n\x0eload_state_end\x18\n \x01(\x0b\x32\x17.optimd.v1.LoadStateEndH\x00\x12!\n\x05leave\x18\x0b \x01(\x0b\x32\x10.optimd.v1.LeaveH\x00\x12.\n\x0c\x62uffer_chunk\x18\x0c \x01(\x0b\x32\x16.optimd.v1.BufferChunkH\x00\x12+\n\naccumulate\x18\r \x01(\x0b\x32\x15.optimd.v1.AccumulateH\x00\x12\x32\n\x0e\x61\x63\x63umulate_end\x18\x0e \x01(\x0b\x32\x18.optimd.v1.AccumulateEndH\x00\x12<\n\x13\x64iscard_accumulated\x18\x10 \x01(\x0b\x32\x1d.optimd.v1.DiscardAccumulatedH\x00\x12\'\n\x06pushed\x18\x11 \x01(\x0b\x32\x15.optimd.v1.PushedPageH\x00\x12\x32\n\x0ereplace_layout\x18\x12 \x01(\x0b\x32\x18.optimd.v1.ReplaceLayoutH\x00\x12\x32\n\x0e\x61ttach_buffers\x18\x13 \x01(\x0b\x32\x18.optimd.v1.AttachBuffersH\x00\x12)\n\x07\x62uffers\x18\x14 \x01(\x0b\x32\x16.optimd.v1.BuffersPageH\x00\x12.\n\x0cpush_buffers\x18\x15 \x01(\x0b\x32\x16.optimd.v1.PushBuffersH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"\x99\x05\n\rTrainResponse\x12\x34\n\x0flayout_accepted\x18\x01 \x01(\x0b\x32\x19.optimd.v1.LayoutAcceptedH\x00\x12\x32\n\x0c\x62ucket_table\x18\x02 \x01(\x0b\x32\x1a.optimd.v1.BucketTablePageH\x00\x12\'\n\x06layout\x18\x03 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12$\n\x05ready\x18\x05 \x01(\x0b\x32\x13.optimd.v1.JobReadyH\x00\x12)\n\x07receipt\x18\x06 \x01(\x0b\x32\x16.optimd.v1.StepReceiptH\x00\x12;\n\x13load_state_accepted\x18\x07 \x01(\x0b\x32\x1c.optimd.v1.LoadStateAcceptedH\x00\x12.\n\x0cstate_loaded\x18\x08 \x01(\x0b\x32\x16.optimd.v1.StateLoadedH\x00\x12)\n\x07refused\x18\t \x01(\x0b\x32\x16.optimd.v1.ErrorDetailH\x00\x12-\n\x0b\x61\x63\x63umulated\x18\n \x01(\x0b\x32\x16.optimd.v1.AccumulatedH\x00\x12.\n\x0c\x62uffer_chunk\x18\x0b \x01(\x0b\x32\x16.optimd.v1.BufferChunkH\x00\x12\x36\n\x10\x62uffers_accepted\x18\x0c \x01(\x0b\x32\x1a.optimd.v1.BuffersAcceptedH\x00\x12.\n\x0c\x62uffers_held\x18\r \x01(\x0b\x32\x16.optimd.v1.BuffersHeldH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message*i\n\x0bStepOutcome\x12\x1c\n\x18STEP_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14STEP_OUTCOME_APPLIED\x10\x01\x12\"\n\x1eSTEP_OUTCOME_SKIPPED_NONFINITE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optimd/v1/training.proto\x12\toptimd.v1\x1a\x16optimd/v1/errors.proto\x1a\x13optimd/v1/job.proto\x1a\x1boptimd/v1/param_group.proto\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\"\x83\x02\n\tStepBegin\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tbase_step\x18\x02 \x01(\x04\x12\x13\n\x0bgroup_count\x18\x03 \x01(\r\x12\x12\n\nload_count\x18\x04 \x01(\x04\x12\x19\n\x11param_group_pages\x18\x05 \x01(\r\x12\x14\n\x0clayout_count\x18\x06 \x01(\x04\x12\x14\n\x0cpushed_pages\x18\x07 \x01(\r\x12\r\n\x05micro\x18\x08 \x01(\r\x12\x17\n\ngrad_scale\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07skipped\x18\n \x01(\x08\x12\x19\n\x11without_gradients\x18\x0b \x01(\x08\x42\r\n\x0b_grad_scale\"\x1f\n\x07StepEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"\xa6\x02\n\x0bStepReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.optimd.v1.StepOutcome\x12\x14\n\x0c\x63ontributors\x18\x04 \x03(\r\x12\x1c\n\x14partial_contributors\x18\x05 \x03(\r\x12!\n\x19hyperparameters_disagreed\x18\x06 \x01(\x08\x12\x16\n\tgrad_norm\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\x12pushed_differently\x18\x08 \x03(\r\x12\x15\n\rwants_buffers\x18\t \x01(\x08\x12\x11\n\tstaleness\x18\n \x01(\r\x12\x0b\n\x03lag\x18\x0b \x01(\rB\x0c\n\n_grad_norm\"\x1c\n\tPushAgain\x12\x0f\n\x07\x62uckets\x18\x01 \x03(\r\"X\n\nAccumulate\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05micro\x18\x02 \x01(\r\x12\x13\n\x0bgroup_count\x18\x03 \x01(\r\x12\x14\n\x0clayout_count\x18\x04 \x01(\x04\"%\n\rAccumulateEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"5\n\x12\x44iscardAccumulated\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05micro\x18\x02 \x01(\r\"\x1c\n\x0b\x41\x63\x63umulated\x12\r\n\x05micro\x18\x01 \x01(\r\"%\n\rReplaceLayout\x12\x14\n\x0clayout_count\x18\x01 \x01(\x04\"\x0f\n\rAttachBuffers\"C\n\x0b\x42uffersPage\x12&\n\x07\x62uffers\x18\x01 \x03(\x0b\x32\x15.optimd.v1.BufferSpec\x12\x0c\n\x04last\x18\x02 \x01(\x08\"&\n\x0f\x42uffersAccepted\x12\x13\n\x0bsend_values\x18\x01 \x01(\x08\"\r\n\x0bPushBuffers\"\r\n\x0b\x42uffersHeld\"\x1e\n\rAddParamGroup\x12\r\n\x05group\x18\x01 \x01(\r\">\n\tLoadState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x12\n\nload_count\x18\x02 \x01(\x04\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\'\n\x11LoadStateAccepted\x12\x12\n\nsend_state\x18\x01 \x01(\x08\"$\n\x0cLoadStateEnd\x12\x14\n\x0c\x62ucket_count\x18\x01 \x01(\r\"!\n\x0bStateLoaded\x12\x12\n\nload_count\x18\x01 \x01(\x04\"\x07\n\x05Leave\"\xcc\x07\n\x0cTrainRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.optimd.v1.OpenJobH\x00\x12\'\n\x06layout\x18\x02 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12*\n\nstep_begin\x18\x03 \x01(\x0b\x32\x14.optimd.v1.StepBeginH\x00\x12\x32\n\x0cparam_groups\x18\x04 \x01(\x0b\x32\x1a.optimd.v1.ParamGroupsPageH\x00\x12)\n\x06\x62ucket\x18\x05 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12&\n\x08step_end\x18\x06 \x01(\x0b\x32\x12.optimd.v1.StepEndH\x00\x12\x33\n\x0f\x61\x64\x64_param_group\x18\x07 \x01(\x0b\x32\x18.optimd.v1.AddParamGroupH\x00\x12*\n\nload_state\x18\x08 \x01(\x0b\x32\x14.optimd.v1.LoadStateH\x00\x12.\n\nstate_dict\x18\t \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12\x31\n\x0eload_state_end\x18\n \x01(\x0b\x32\x17.optimd.v1.LoadStateEndH\x00\x12!\n\x05leave\x18\x0b \x01(\x0b\x32\x10.optimd.v1.LeaveH\x00\x12.\n\x0c\x62uffer_chunk\x18\x0c \x01(\x0b\x32\x16.optimd.v1.BufferChunkH\x00\x12+\n\naccumulate\x18\r \x01(\x0b\x32\x15.optimd.v1.AccumulateH\x00\x12\x32\n\x0e\x61\x63\x63umulate_end\x18\x0e \x01(\x0b\x32\x18.optimd.v1.AccumulateEndH\x00\x12<\n\x13\x64iscard_accumulated\x18\x10 \x01(\x0b\x32\x1d.optimd.v1.DiscardAccumulatedH\x00\x12\'\n\x06pushed\x18\x11 \x01(\x0b\x32\x15.optimd.v1.PushedPageH\x00\x12\x32\n\x0ereplace_layout\x18\x12 \x01(\x0b\x32\x18.optimd.v1.ReplaceLayoutH\x00\x12\x32\n\x0e\x61ttach_buffers\x18\x13 \x01(\x0b\x32\x18.optimd.v1.AttachBuffersH\x00\x12)\n\x07\x62uffers\x18\x14 \x01(\x0b\x32\x16.optimd.v1.BuffersPageH\x00\x12.\n\x0cpush_buffers\x18\x15 \x01(\x0b\x32\x16.optimd.v1.PushBuffersH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"\xc5\x05\n\rTrainResponse\x12\x34\n\x0flayout_accepted\x18\x01 \x01(\x0b\x32\x19.optimd.v1.LayoutAcceptedH\x00\x12\x32\n\x0c\x62ucket_table\x18\x02 \x01(\x0b\x32\x1a.optimd.v1.BucketTablePageH\x00\x12\'\n\x06layout\x18\x03 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12$\n\x05ready\x18\x05 \x01(\x0b\x32\x13.optimd.v1.JobReadyH\x00\x12)\n\x07receipt\x18\x06 \x01(\x0b\x32\x16.optimd.v1.StepReceiptH\x00\x12;\n\x13load_state_accepted\x18\x07 \x01(\x0b\x32\x1c.optimd.v1.LoadStateAcceptedH\x00\x12.\n\x0cstate_loaded\x18\x08 \x01(\x0b\x32\x16.optimd.v1.StateLoadedH\x00\x12)\n\x07refused\x18\t \x01(\x0b\x32\x16.optimd.v1.ErrorDetailH\x00\x12-\n\x0b\x61\x63\x63umulated\x18\n \x01(\x0b\x32\x16.optimd.v1.AccumulatedH\x00\x12.\n\x0c\x62uffer_chunk\x18\x0b \x01(\x0b\x32\x16.optimd.v1.BufferChunkH\x00\x12\x36\n\x10\x62uffers_accepted\x18\x0c \x01(\x0b\x32\x1a.optimd.v1.BuffersAcceptedH\x00\x12.\n\x0c\x62uffers_held\x18\r \x01(\x0b\x32\x16.optimd.v1.BuffersHeldH\x00\x12*\n\npush_again\x18\x0e \x01(\x0b\x32\x14.optimd.v1.PushAgainH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message*\xa1\x01\n\x0bStepOutcome\x12\x1c\n\x18STEP_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14STEP_OUTCOME_APPLIED\x10\x01\x12\"\n\x1eSTEP_OUTCOME_SKIPPED_NONFINITE\x10\x02\x12\x17\n\x13STEP_OUTCOME_MERGED\x10\x03\x12\x1d\n\x19STEP_OUTCOME_DROPPED_LATE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPOUTCOME']._serialized_start=2996
-  _globals['_STEPOUTCOME']._serialized_end=3101
+  _globals['_STEPOUTCOME']._serialized_start=3103
+  _globals['_STEPOUTCOME']._serialized_end=3264
   _globals['_STEPBEGIN']._serialized_start=166
   _globals['_STEPBEGIN']._serialized_end=425
   _globals['_STEPEND']._serialized_start=427
   _globals['_STEPEND']._serialized_end=458
   _globals['_STEPRECEIPT']._serialized_start=461
-  _globals['_STEPRECEIPT']._serialized_end=723
-  _globals['_ACCUMULATE']._serialized_start=725
-  _globals['_ACCUMULATE']._serialized_end=813
-  _globals['_ACCUMULATEEND']._serialized_start=815
-  _globals['_ACCUMULATEEND']._serialized_end=852
-  _globals['_DISCARDACCUMULATED']._serialized_start=854
-  _globals['_DISCARDACCUMULATED']._serialized_end=907
-  _globals['_ACCUMULATED']._serialized_start=909
-  _globals['_ACCUMULATED']._serialized_end=937
-  _globals['_REPLACELAYOUT']._serialized_start=939
-  _globals['_REPLACELAYOUT']._serialized_end=976
-  _globals['_ATTACHBUFFERS']._serialized_start=978
-  _globals['_ATTACHBUFFERS']._serialized_end=993
-  _globals['_BUFFERSPAGE']._serialized_start=995
-  _globals['_BUFFERSPAGE']._serialized_end=1062
-  _globals['_BUFFERSACCEPTED']._serialized_start=1064
-  _globals['_BUFFERSACCEPTED']._serialized_end=1102
-  _globals['_PUSHBUFFERS']._serialized_start=1104
-  _globals['_PUSHBUFFERS']._serialized_end=1117
-  _globals['_BUFFERSHELD']._serialized_start=1119
-  _globals['_BUFFERSHELD']._serialized_end=1132
-  _globals['_ADDPARAMGROUP']._serialized_start=1134
-  _globals['_ADDPARAMGROUP']._serialized_end=1164
-  _globals['_LOADSTATE']._serialized_start=1166
-  _globals['_LOADSTATE']._serialized_end=1228
-  _globals['_LOADSTATEACCEPTED']._serialized_start=1230
-  _globals['_LOADSTATEACCEPTED']._serialized_end=1269
-  _globals['_LOADSTATEEND']._serialized_start=1271
-  _globals['_LOADSTATEEND']._serialized_end=1307
-  _globals['_STATELOADED']._serialized_start=1309
-  _globals['_STATELOADED']._serialized_end=1342
-  _globals['_LEAVE']._serialized_start=1344
-  _globals['_LEAVE']._serialized_end=1351
-  _globals['_TRAINREQUEST']._serialized_start=1354
-  _globals['_TRAINREQUEST']._serialized_end=2326
-  _globals['_TRAINRESPONSE']._serialized_start=2329
-  _globals['_TRAINRESPONSE']._serialized_end=2994
+  _globals['_STEPRECEIPT']._serialized_end=755
+  _globals['_PUSHAGAIN']._serialized_start=757
+  _globals['_PUSHAGAIN']._serialized_end=785
+  _globals['_ACCUMULATE']._serialized_start=787
+  _globals['_ACCUMULATE']._serialized_end=875
+  _globals['_ACCUMULATEEND']._serialized_start=877
+  _globals['_ACCUMULATEEND']._serialized_end=914
+  _globals['_DISCARDACCUMULATED']._serialized_start=916
+  _globals['_DISCARDACCUMULATED']._serialized_end=969
+  _globals['_ACCUMULATED']._serialized_start=971
+  _globals['_ACCUMULATED']._serialized_end=999
+  _globals['_REPLACELAYOUT']._serialized_start=1001
+  _globals['_REPLACELAYOUT']._serialized_end=1038
+  _globals['_ATTACHBUFFERS']._serialized_start=1040
+  _globals['_ATTACHBUFFERS']._serialized_end=1055
+  _globals['_BUFFERSPAGE']._serialized_start=1057
+  _globals['_BUFFERSPAGE']._serialized_end=1124
+  _globals['_BUFFERSACCEPTED']._serialized_start=1126
+  _globals['_BUFFERSACCEPTED']._serialized_end=1164
+  _globals['_PUSHBUFFERS']._serialized_start=1166
+  _globals['_PUSHBUFFERS']._serialized_end=1179
+  _globals['_BUFFERSHELD']._serialized_start=1181
+  _globals['_BUFFERSHELD']._serialized_end=1194
+  _globals['_ADDPARAMGROUP']._serialized_start=1196
+  _globals['_ADDPARAMGROUP']._serialized_end=1226
+  _globals['_LOADSTATE']._serialized_start=1228
+  _globals['_LOADSTATE']._serialized_end=1290
+  _globals['_LOADSTATEACCEPTED']._serialized_start=1292
+  _globals['_LOADSTATEACCEPTED']._serialized_end=1331
+  _globals['_LOADSTATEEND']._serialized_start=1333
+  _globals['_LOADSTATEEND']._serialized_end=1369
+  _globals['_STATELOADED']._serialized_start=1371
+  _globals['_STATELOADED']._serialized_end=1404
+  _globals['_LEAVE']._serialized_start=1406
+  _globals['_LEAVE']._serialized_end=1413
+  _globals['_TRAINREQUEST']._serialized_start=1416
+  _globals['_TRAINREQUEST']._serialized_end=2388
+  _globals['_TRAINRESPONSE']._serialized_start=2391
+  _globals['_TRAINRESPONSE']._serialized_end=3100
 # @@protoc_insertion_point(module_scope)

@@ -17,9 +17,13 @@ class StepOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STEP_OUTCOME_UNSPECIFIED: _ClassVar[StepOutcome]
     STEP_OUTCOME_APPLIED: _ClassVar[StepOutcome]
     STEP_OUTCOME_SKIPPED_NONFINITE: _ClassVar[StepOutcome]
+    STEP_OUTCOME_MERGED: _ClassVar[StepOutcome]
+    STEP_OUTCOME_DROPPED_LATE: _ClassVar[StepOutcome]
 STEP_OUTCOME_UNSPECIFIED: StepOutcome
 STEP_OUTCOME_APPLIED: StepOutcome
 STEP_OUTCOME_SKIPPED_NONFINITE: StepOutcome
+STEP_OUTCOME_MERGED: StepOutcome
+STEP_OUTCOME_DROPPED_LATE: StepOutcome
 
 class StepBegin(_message.Message):
     __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients")
@@ -54,7 +58,7 @@ class StepEnd(_message.Message):
     def __init__(self, bucket_count: _Optional[int] = ...) -> None: ...
 
 class StepReceipt(_message.Message):
-    __slots__ = ("sequence", "step", "outcome", "contributors", "partial_contributors", "hyperparameters_disagreed", "grad_norm", "pushed_differently", "wants_buffers")
+    __slots__ = ("sequence", "step", "outcome", "contributors", "partial_contributors", "hyperparameters_disagreed", "grad_norm", "pushed_differently", "wants_buffers", "staleness", "lag")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +68,8 @@ class StepReceipt(_message.Message):
     GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     PUSHED_DIFFERENTLY_FIELD_NUMBER: _ClassVar[int]
     WANTS_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     step: int
     outcome: StepOutcome
@@ -73,7 +79,15 @@ class StepReceipt(_message.Message):
     grad_norm: float
     pushed_differently: _containers.RepeatedScalarFieldContainer[int]
     wants_buffers: bool
-    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., contributors: _Optional[_Iterable[int]] = ..., partial_contributors: _Optional[_Iterable[int]] = ..., hyperparameters_disagreed: bool = ..., grad_norm: _Optional[float] = ..., pushed_differently: _Optional[_Iterable[int]] = ..., wants_buffers: bool = ...) -> None: ...
+    staleness: int
+    lag: int
+    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., contributors: _Optional[_Iterable[int]] = ..., partial_contributors: _Optional[_Iterable[int]] = ..., hyperparameters_disagreed: bool = ..., grad_norm: _Optional[float] = ..., pushed_differently: _Optional[_Iterable[int]] = ..., wants_buffers: bool = ..., staleness: _Optional[int] = ..., lag: _Optional[int] = ...) -> None: ...
+
+class PushAgain(_message.Message):
+    __slots__ = ("buckets",)
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    buckets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, buckets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Accumulate(_message.Message):
     __slots__ = ("sequence", "micro", "group_count", "layout_count")
@@ -224,7 +238,7 @@ class TrainRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., accumulate: _Optional[_Union[Accumulate, _Mapping]] = ..., accumulate_end: _Optional[_Union[AccumulateEnd, _Mapping]] = ..., discard_accumulated: _Optional[_Union[DiscardAccumulated, _Mapping]] = ..., pushed: _Optional[_Union[_state_dict_pb2.PushedPage, _Mapping]] = ..., replace_layout: _Optional[_Union[ReplaceLayout, _Mapping]] = ..., attach_buffers: _Optional[_Union[AttachBuffers, _Mapping]] = ..., buffers: _Optional[_Union[BuffersPage, _Mapping]] = ..., push_buffers: _Optional[_Union[PushBuffers, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "refused", "accumulated", "buffer_chunk", "buffers_accepted", "buffers_held", "payload")
+    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "refused", "accumulated", "buffer_chunk", "buffers_accepted", "buffers_held", "push_again", "payload")
     LAYOUT_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +252,7 @@ class TrainResponse(_message.Message):
     BUFFER_CHUNK_FIELD_NUMBER: _ClassVar[int]
     BUFFERS_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUFFERS_HELD_FIELD_NUMBER: _ClassVar[int]
+    PUSH_AGAIN_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     layout_accepted: _job_pb2.LayoutAccepted
     bucket_table: _tensor_pb2.BucketTablePage
@@ -252,5 +267,6 @@ class TrainResponse(_message.Message):
     buffer_chunk: _tensor_pb2.BufferChunk
     buffers_accepted: BuffersAccepted
     buffers_held: BuffersHeld
+    push_again: PushAgain
     payload: bytes
-    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., accumulated: _Optional[_Union[Accumulated, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., buffers_accepted: _Optional[_Union[BuffersAccepted, _Mapping]] = ..., buffers_held: _Optional[_Union[BuffersHeld, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., accumulated: _Optional[_Union[Accumulated, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., buffers_accepted: _Optional[_Union[BuffersAccepted, _Mapping]] = ..., buffers_held: _Optional[_Union[BuffersHeld, _Mapping]] = ..., push_again: _Optional[_Union[PushAgain, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...

@@ -31,6 +31,7 @@ STATUS_OF_REASON: Final[dict[str, str]] = {
     "JOB_DELETED": "ABORTED",
     "ACCUMULATION_LOST": "FAILED_PRECONDITION",
     "NONFINITE_GRADIENT": "INVALID_ARGUMENT",
+    "SUPERSEDED": "ABORTED",
 }
 """The gRPC status of each reason, by the schema's names without their prefix."""
 

@@ -1,0 +1,148 @@
+"""What has to be done for open jobs while nobody calls: saying that their worker is alive, and seeing dropped ones off.
+
+One thread for the process, which lives while there are open jobs. It never blocks on a server: what it sends, gRPC
+sends for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final, Protocol
+
+from optimd.client import forks
+
+_FAREWELL_S: Final = 5.0
+"""How long a server may take to see a worker off, in seconds."""
+
+_AT_EXIT_S: Final = 2.0
+"""How long the end of the process waits for that, in seconds."""
+
+_LOOKING_S: Final = 0.02
+
+
+class Charge(Protocol):
+    """An open job, as far as it has to be taken care of. No method may block."""
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How often to say that the worker is alive, in seconds."""
+
+    def beat(self) -> None:
+        """Says that the worker is alive."""
+
+    def say_goodbye(self) -> None:
+        """Tells the server that the worker leaves."""
+
+    def has_left(self) -> bool:
+        """Whether the server has answered that."""
+
+    def drop(self) -> None:
+        """Closes the line."""
+
+
+class _Word(Enum):
+    ADD = auto()
+    FORGET = auto()
+    SEE_OFF = auto()
+
+
+@dataclass(slots=True)
+class _Care:
+    due_s: float
+    leaving_until_s: float | None = None
+
+
+class Caretaker:
+    """Takes care of this process's open jobs. Thread-safe; `see_off` may be called by a finalizer too."""
+
+    def __init__(self) -> None:
+        self._start_anew()
+        forks.watch(self)
+        atexit.register(self._finish)
+
+    def _start_anew(self) -> None:
+        # Reentrant: a finalizer may run while it is held. It only puts words into the mailbox, which needs no lock.
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None  # guarded by self._lock
+        self._mailbox: queue.SimpleQueue[tuple[_Word, Charge]] = queue.SimpleQueue()
+        # Belongs to the thread.
+        self._charges: dict[Charge, _Care] = {}
+        self._exiting = False
+
+    def forked(self) -> object:
+        """In a child: knows of nothing that the parent takes care of."""
+        kept = (self._mailbox, self._charges, self._thread)
+        self._start_anew()
+        return kept
+
+    def add(self, charge: Charge) -> None:
+        """Says from now on that a worker is alive."""
+        with self._lock:
+            self._mailbox.put((_Word.ADD, charge))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="optimd-caretaker", daemon=True)
+                self._thread.start()
+
+    def forget(self, charge: Charge) -> None:
+        """The worker has left by itself."""
+        self._mailbox.put((_Word.FORGET, charge))
+
+    def see_off(self, charge: Charge) -> None:
+        """The job's optimizer is gone: has its worker leave. Does not wait for that."""
+        self._mailbox.put((_Word.SEE_OFF, charge))
+
+    def _run(self) -> None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                self._hear(*self._mailbox.get(timeout=self._pause()))
+            now = time.monotonic()
+            for charge, care in list(self._charges.items()):
+                if care.leaving_until_s is None:
+                    if now >= care.due_s:
+                        care.due_s = now + charge.heartbeat_s
+                        charge.beat()
+                elif charge.has_left() or now >= care.leaving_until_s:
+                    del self._charges[charge]
+                    charge.drop()
+                # It must not be kept alive while this thread sleeps.
+                del charge
+            with self._lock:
+                leaving = [care for care in self._charges.values() if care.leaving_until_s is not None]
+                if self._mailbox.empty() and not (leaving if self._exiting else self._charges):
+                    self._thread = None
+                    return
+
+    def _pause(self) -> float:
+        now = time.monotonic()
+        if self._exiting or any(care.leaving_until_s is not None for care in self._charges.values()):
+            return _LOOKING_S
+        return max(0.0, min((care.due_s - now for care in self._charges.values()), default=0.0))
+
+    def _hear(self, word: _Word, charge: Charge) -> None:
+        now = time.monotonic()
+        match word:
+            case _Word.ADD:
+                self._charges[charge] = _Care(now + charge.heartbeat_s)
+            case _Word.FORGET:
+                self._charges.pop(charge, None)
+            case _Word.SEE_OFF if charge in self._charges:
+                self._charges[charge].leaving_until_s = now + _FAREWELL_S
+                charge.say_goodbye()
+            case _Word.SEE_OFF:
+                charge.drop()
+
+    def _finish(self) -> None:
+        """At the end of the process: what was dropped by then, or is now, leaves in good order, if that is quick."""
+        thread = self._thread
+        self._exiting = True
+        if thread is not None and thread.is_alive():
+            thread.join(_AT_EXIT_S)
+
+
+caretaker: Final = Caretaker()

@@ -1,0 +1,199 @@
+"""What a job knows of one of its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from optimd.server.accumulator import GradientAccumulator
+from optimd.server.aggregation import Worker
+from optimd.server.receipts import Receipt
+from optimd.server.sight import Sight
+from optimd.wire.layout import Bucket
+
+
+class HeldGradients:
+    """What a worker has had accumulated for its next push. Guarded by its job's lock.
+
+    The push uses it up, but it is kept until the push is over: the worker may be asked to push buckets again, and has
+    not all of their gradients any more.
+    """
+
+    def __init__(self) -> None:
+        self.micro = 0
+        """How many accumulations and discards there have been since the last push."""
+        self.spent = False
+        """Whether a push has taken what was accumulated: if that push is refused, it is lost."""
+        self._sums: dict[int, GradientAccumulator] = {}
+        # The buckets of the accumulation that is under way, and those that the push has been given.
+        self._added: set[int] = set()
+        self._given: set[int] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """What the sums take."""
+        return sum(held.nbytes for held in self._sums.values())
+
+    def add(self, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor, device: torch.device) -> None:
+        """Adds the gradients of one bucket: once in an accumulation, however often they come."""
+        if bucket.bucket_id in self._added:
+            return
+        self._added.add(bucket.bucket_id)
+        held = self._sums.get(bucket.bucket_id)
+        if held is None:
+            held = self._sums[bucket.bucket_id] = GradientAccumulator(bucket, device)
+        held.add(payload, present)
+
+    def end_accumulation(self) -> None:
+        """All gradients of one accumulation are added."""
+        self.micro += 1
+        self._added.clear()
+
+    def take(self, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> tuple[list[bool], torch.Tensor]:
+        """What is held of a bucket and these gradients, added in this order. Good until something is added anew."""
+        held = self._sums.get(bucket.bucket_id)
+        if held is None or held.is_empty:
+            return present, payload
+        if bucket.bucket_id not in self._given:
+            held.add(payload, present)
+            self._given.add(bucket.bucket_id)
+        return held.present, held.packed()
+
+    def rest(self) -> Iterator[tuple[int, list[bool], torch.Tensor]]:
+        """What is held of buckets that `take` has not been asked for: id, slices and their gradients."""
+        for bucket_id in sorted(self._sums):
+            held = self._sums[bucket_id]
+            if bucket_id not in self._given and not held.is_empty:
+                self._given.add(bucket_id)
+                yield bucket_id, held.present, held.packed()
+
+    def again(self, bucket_id: int) -> tuple[list[bool], torch.Tensor] | None:
+        """What the push was given of a bucket, once more; None where nothing is held of it."""
+        held = self._sums.get(bucket_id)
+        return (held.present, held.packed()) if held is not None and bucket_id in self._given else None
+
+    def spend(self) -> None:
+        """A push has taken all that was held."""
+        self.spent = self.micro > 0
+
+    def discard(self) -> None:
+        """Forgets what is held."""
+        self.spent = False
+        self._added.clear()
+        self._given.clear()
+        for held in self._sums.values():
+            held.clear()
+
+    def settle(self) -> None:
+        """A push is over: what it has used up is of no use any more, whatever became of it."""
+        if self.spent or self._given:
+            self._sums.clear()
+            self._given.clear()
+
+    def forget(self) -> None:
+        """The push is over, or the buckets are others now: nothing is held, and counting starts anew."""
+        self.micro = 0
+        self.spent = False
+        self._sums.clear()
+        self._added.clear()
+        self._given.clear()
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One worker process on one stream. Guarded by its job's lock, but for the byte counts, which its stream owns."""
+
+    worker: Worker
+    incarnation: int
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Its param_groups as far as the server knows: the job's when it joined, then what it sent."""
+    speaks: bool = False
+    """Whether its hyperparameters count: the creator's do, a newcomer's from its first change on."""
+    unchecked: bool = True
+    """Whether its param_groups have changed since they were last checked."""
+    steppable: bool = True
+    """Whether they can be stepped with: else they do not count."""
+    ready: bool = False
+    """Whether it has its parameters: from JobReady on."""
+    occupied: bool = False
+    """Whether it is in the middle of a push or an accumulation, from its first message to the last answer."""
+    reserved_bytes: int = 0
+    """What it has on its way in, besides gradients."""
+    alive: bool = True
+    """Whether it may go on: its line is up, and nobody has taken its place."""
+    superseded: bool = False
+    """Whether another process has taken its `worker_id`."""
+    buffers_attached: bool = False
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    grad_scale: float | None = None
+    """What the gradients of its open push were multiplied by."""
+    staleness: int = 0
+    """That of its open push, so far."""
+    own_steps: int = 0
+    """How many steps it has contributed to since it came."""
+    sight: Sight = field(default_factory=Sight)
+    """What it has seen of the job's values."""
+    held: HeldGradients = field(default_factory=HeldGradients)
+    """What it has had accumulated."""
+    cancel: Callable[[], object] = lambda: None
+    """Ends its stream. May be called from any thread, and more than once."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether its hyperparameters have a say in a step that it contributes to."""
+        return self.speaks and self.steppable
+
+    def give(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The worker has these param_groups from now on, whatever it had. They are copied."""
+        self.groups = [dict(group) for group in groups]
+        self.unchecked = True
+
+    def take_over(self, former: Member) -> None:
+        """The same process was `former` on a stream that broke: what it had given and seen is this one's."""
+        self.worker = former.worker
+        self.groups, self.speaks, self.unchecked = former.groups, former.speaks, True
+        self.buffers_attached = former.buffers_attached
+        self.grad_scale, self.staleness, self.own_steps = former.grad_scale, former.staleness, former.own_steps
+        self.sight, self.held = former.sight, former.held
+        former.alive = False
+
+
+@dataclass(slots=True)
+class WorkerRecord:
+    """What a job remembers of a worker_id across its processes. Guarded by the job's lock."""
+
+    next_sequence: int = 0
+    pushes: int = 0
+    """How many have been committed."""
+    dropped: int = 0
+    """How many came too late."""
+    receipt: Receipt | None = None
+    """What became of its last push."""
+    rank: int | None = None
+    """The last that it had."""
+    former: Member | None = None
+    """Its last process, where that was lost: it may come back."""
+
+
+def speaker(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> Member | None:
+    """The contributor whose hyperparameters hold for a step: the one of lowest rank that speaks, if any does."""
+    for worker in contributors:
+        member = members.get(worker)
+        if member is not None and member.counts:
+            return member
+    return None
+
+
+def disagree(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> bool:
+    """Whether contributors that speak have different hyperparameters."""
+    voices = [members[worker].groups for worker in contributors if worker in members and members[worker].counts]
+    # A NaN, which a schedule may well arrive at, is not equal to itself; its text is.
+    return any(groups != voices[0] and _text(groups) != _text(voices[0]) for groups in voices[1:])
+
+
+def _text(groups: Sequence[Mapping[str, Any]]) -> str:
+    return repr([sorted(group.items()) for group in groups])

@@ -1,0 +1,234 @@
+"""What goes back to workers that push: new parameters, and receipts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Final
+
+from optimd.server.errors import JobMismatchError
+from optimd.server.member import Member
+from optimd.server.parts import JobParts
+from optimd.server.pushing import OpenPush, Pushing
+from optimd.server.receipts import Outcome, Receipt
+from optimd.server.staleness import AsyncAggregator
+from optimd.server.stepping import Round
+from optimd.wire.kinds import PARAMETER
+from optimd.wire.layout import Bucket
+
+_MOST_PASSES: Final = 3
+"""How often what changes while a worker is being sent values is sent again, before it is left at an earlier step."""
+
+
+@dataclass(slots=True)
+class CatchUp:
+    """What a worker is being sent that is new to it, while the job goes on. Guarded by the job's lock."""
+
+    step: int = 0
+    """The job step that the worker stands at when it has been sent everything."""
+    sent: set[int] = field(default_factory=set)
+    """Buckets that need not be sent although they have changed."""
+    passes: int = 0
+    queue: list[int] = field(default_factory=list)
+
+
+class Pulling:
+    """Tells what a worker is to be sent, and when.
+
+    Thread-safe: all of it happens under the job's lock. Methods that wait say so.
+
+    Args:
+        parts: The job's.
+        pushing: Its pushes.
+    """
+
+    def __init__(self, parts: JobParts, pushing: Pushing) -> None:
+        self._job = parts
+        self._changed = parts.changed
+        self._pushing = pushing
+        # Where nothing can be applied while a worker is sent the step that it has a part in, that needs no lock.
+        alone = parts.settings.world_size == 1
+        self._stands_still = not parts.settings.is_async and (
+            alone or (parts.settings.apply == "atomic" and not parts.settings.backup_workers)
+        )
+
+    def ready(self, push: OpenPush) -> list[tuple[int, list[bool]]]:
+        """The applied buckets that a worker can be sent while it still pushes. Does not wait for others.
+
+        Where the worker will have to wait for slower ones, there are none yet.
+        """
+        if push.round is None or self._job.settings.apply != "streaming":
+            return []
+        if self._stands_still:
+            return _hand_out(push, push.round)
+        with self._changed:
+            aggregator = self._job.aggregator
+            may = not isinstance(aggregator, AsyncAggregator) or aggregator.will_be_released(push.member.worker)
+            if not may or not self._pushing.takes_locked(push):
+                return []
+            applied = _hand_out(push, push.round)
+            if not self._job.settings.is_async:
+                return applied
+            # All of them: others may have changed the slices that this push did not.
+            return [(bucket_id, [True] * len(present)) for bucket_id, present in applied]
+
+    def await_progress(self, push: OpenPush) -> tuple[list[tuple[int, list[bool]]], frozenset[int]]:
+        """Waits until there is something to send to a worker that has pushed all it had, or its push is over.
+
+        Returns:
+            The applied buckets that it can be sent, and the ids of those that it has to push again. Where there are
+            neither its push is over: `catch_up_of` and `settle` go on from there.
+
+        Raises:
+            OutOfOrderError: the worker's line is down.
+            RequestError: the step has failed in another worker's hands.
+            UpdateRefusedError: torch refused the step.
+            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
+            StepTimeoutError: workers that the step may not do without did not come.
+            JobDeletedError: the job went away.
+        """
+        round_, worker, aggregator = push.round, push.member.worker, self._job.aggregator
+        if round_ is None:
+            return [], frozenset()
+
+        def has_news() -> bool:
+            return (
+                len(round_.applied) > push.handed_out
+                or not self._pushing.takes_locked(push)
+                or bool(aggregator.owed(worker))
+            )
+
+        with self._changed:
+            while True:
+                self._job.company.wait(push.member, has_news, None)
+                self._pushing.check_sound_locked(round_)
+                if self._pushing.takes_locked(push) and aggregator.owed(worker):
+                    self._pushing.push_held_again_locked(push)
+                    owed = aggregator.owed(worker)
+                    if owed:
+                        return [], owed
+                    self._pushing.settle_locked(aggregator.end(worker), worker)
+                elif self._needs_catch_up_locked(push):
+                    return [], frozenset()
+                else:
+                    applied = _hand_out(push, round_)
+                    if applied or round_.is_answered:
+                        return applied, frozenset()
+
+    def catch_up_of(self, push: OpenPush) -> CatchUp | None:
+        """What a worker whose push is over is to be sent besides the buckets of its step, if anything may be.
+
+        Waits until the worker may be given parameters: for slower ones, or for a step that is being applied.
+
+        Raises:
+            JobMismatchError: the parameters have been replaced by others meanwhile.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
+        """
+        worker, aggregator = push.member.worker, self._job.aggregator
+        with self._changed:
+            if not self._needs_catch_up_locked(push):
+                return None
+            if isinstance(aggregator, AsyncAggregator):
+                self._job.company.wait(push.member, lambda: not aggregator.is_waiting(worker), None)
+            else:
+                self._job.company.wait(push.member, lambda: not aggregator.has_applied, None)
+                aggregator.catch_up(worker)
+            if push.store is not self._job.content.store:
+                raise JobMismatchError(
+                    f"rank {worker.rank} was in the middle of a step when another worker replaced the parameters: in "
+                    "an asynchronous job, replace them while no other worker is in it"
+                )
+            sent = {bucket_id for bucket_id, _ in push.round.applied[: push.handed_out]} if push.round else set()
+            return CatchUp(sent=sent if isinstance(aggregator, AsyncAggregator) else set())
+
+    def next_unseen(self, member: Member, catch_up: CatchUp) -> int | None:
+        """The next bucket that is new to a worker; None when it has been sent all that is.
+
+        What changes meanwhile is sent again, but not for ever: then the worker is left at the step at which the last
+        pass began. In an asynchronous job there is one pass.
+
+        Raises:
+            RequestError: what `Company.check_alive` raises.
+        """
+        with self._changed:
+            self._job.company.check_alive(member)
+            while not catch_up.queue:
+                known = (bucket.bucket_id for bucket in self._job.content.store.buckets)
+                if self._job.settings.is_async:
+                    known = (
+                        bucket.bucket_id
+                        for bucket in self._job.content.store.buckets
+                        if bucket.group < len(member.groups) and bucket.bucket_id not in catch_up.sent
+                    )
+                unseen = member.sight.unseen(self._pushing.changes, known)
+                if self._job.settings.is_async and catch_up.passes:
+                    unseen = []
+                if not unseen:
+                    catch_up.step = self._job.aggregator.step
+                if not unseen or catch_up.passes >= _MOST_PASSES:
+                    return None
+                catch_up.passes += 1
+                catch_up.step = self._job.aggregator.step
+                catch_up.queue = unseen[::-1]
+            return catch_up.queue.pop()
+
+    def read(self, member: Member, bucket: Bucket, present: list[bool], *, unmoved: bool) -> list[memoryview]:
+        """The values of a bucket's present slices, for a worker that is sent them now. Views or copies of them.
+
+        Args:
+            member: The worker.
+            bucket: The bucket.
+            present: Which of its slices are wanted.
+            unmoved: Whether they belong to a step that the worker has a part in, and that cannot change under it.
+        """
+        if unmoved and self._stands_still:
+            return self._job.content.store.read(PARAMETER, bucket, present)
+        with self._changed:
+            self.see_locked(member, bucket.bucket_id)
+            # Copies: what is sent is read without the lock.
+            views = self._job.content.store.read(PARAMETER, bucket, present)
+            return [memoryview(bytes(view)) for view in views]
+
+    def see_locked(self, member: Member, bucket_id: int) -> None:
+        """A worker is about to be sent a bucket as it is now. With the job's lock held."""
+        member.sight.see(bucket_id, self._pushing.changes.clock, self._job.aggregator.step - member.own_steps)
+
+    def settle(self, push: OpenPush, catch_up: CatchUp | None) -> Receipt:
+        """What a worker is told of its push, once it has been sent all that goes before.
+
+        Args:
+            push: The push.
+            catch_up: What `catch_up_of` gave.
+        """
+        member, aggregator = push.member, self._job.aggregator
+        with self._changed:
+            answered = self._pushing.answered_locked(push)
+            if answered is None:
+                answered = Receipt(
+                    sequence=push.sequence,
+                    step=aggregator.step if catch_up is None else catch_up.step,
+                    outcome=Outcome.DROPPED_LATE,
+                    staleness=max(0, aggregator.step - push.base_step),
+                )
+                self._job.company.record(member.worker.worker_id).dropped += 1
+                self._job.company.answer(member.worker, answered)
+            elif self._job.settings.is_async:
+                answered = dataclasses.replace(answered, lag=aggregator.lag(member.worker))
+                self._job.company.record(member.worker.worker_id).receipt = answered
+            return answered
+
+    def _needs_catch_up_locked(self, push: OpenPush) -> bool:
+        """Whether a push is over, and its worker has not been sent everything with the buckets of its step."""
+        if self._pushing.takes_locked(push):
+            return False
+        if self._job.settings.is_async:
+            return True
+        answered = self._pushing.answered_locked(push)
+        return answered is None or push.member.worker.rank in answered.partial_contributors
+
+
+def _hand_out(push: OpenPush, round_: Round) -> list[tuple[int, list[bool]]]:
+    applied = round_.applied[push.handed_out :]
+    push.handed_out += len(applied)
+    return applied

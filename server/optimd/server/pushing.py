@@ -1,0 +1,469 @@
+"""What workers push to a job: gradients with a step, or to be held for one, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from optimd.server.aggregation import ApplyBucket, Commit, Decision, Worker
+from optimd.server.errors import (
+    AccumulationLostError,
+    InvalidFieldError,
+    NonFiniteGradientError,
+    OutOfOrderError,
+    RequestError,
+    ShuttingDownError,
+    StepTimeoutError,
+    UpdateRefusedError,
+)
+from optimd.server.member import Member
+from optimd.server.parts import JobParts
+from optimd.server.receipts import Outcome, Receipt
+from optimd.server.sight import Changes
+from optimd.server.staleness import AsyncAggregator
+from optimd.server.stepping import Round, Stepper
+from optimd.server.store import StagedState, Store
+from optimd.server.watching import CommittedStep, Contribution
+from optimd.wire.layout import Bucket
+
+ANSWERABLE: Final = (NonFiniteGradientError, StepTimeoutError)
+"""Failures of a step that its workers can answer, by stepping again: nothing of it was applied."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenPush:
+    """One worker's push, from StepBegin to its receipt. Guarded by the job's lock."""
+
+    member: Member
+    sequence: int
+    base_step: int
+    store: Store
+    stepper: Stepper
+    round: Round | None
+    """None where it came too late, from the start."""
+    handed_out: int = 0
+    """How many of the round's applied buckets the worker has been sent."""
+
+
+class Pushing:
+    """Takes what workers push, has the aggregator decide, and carries it out.
+
+    Thread-safe: all of it happens under the job's lock. Methods that wait say so.
+
+    Args:
+        parts: The job's.
+    """
+
+    def __init__(self, parts: JobParts) -> None:
+        self._job = parts
+        self._changed = parts.changed
+        # All below: guarded by self._changed.
+        self.changes = Changes()
+        self._draining = False
+        self._torn = False
+        # One for all workers of a synchronous step, which share a round; one for each of an asynchronous job.
+        self._steppers: dict[Worker | None, Stepper] = {}
+
+    # --- a push
+
+    def begin(
+        self,
+        member: Member,
+        *,
+        sequence: int,
+        base_step: int,
+        group_count: int,
+        load_count: int,
+        layout_count: int,
+        micro: int,
+        grad_scale: float | None = None,
+        steppable: bool = True,
+    ) -> OpenPush:
+        """A worker begins a push, or comes back to the one that it was at. Waits until the job is formed.
+
+        The numbers are those of `StepBegin`. Whether the worker's options have to be ones to step with is `steppable`.
+
+        Raises:
+            OutOfOrderError: the sequence number is not the one due, the base step lies ahead, or the line is down.
+            JobMismatchError: the worker has missed a param group, a load or a replacement.
+            UpdateRefusedError: torch, or a server, cannot step with the worker's options.
+            LimitExceededError: with the worker's options the state would take too much.
+            AccumulationLostError: what the worker had accumulated is not held; counting starts anew.
+            StepTimeoutError: too few workers joined within `join_timeout_s`.
+            ShuttingDownError: the server is stopping.
+            SupersededError: another process has taken the worker's id.
+            JobDeletedError: the job went away.
+        """
+        with self._changed:
+            self._job.company.check_sequence(member, "StepBegin", sequence)
+            resumes = self._job.aggregator.has_begun(member.worker)
+            if not resumes:
+                self._await_turn_locked(member)
+            if self._draining and not resumes:
+                raise ShuttingDownError("the server is shutting down")
+            if base_step > self._job.aggregator.step:
+                raise OutOfOrderError(
+                    f"StepBegin.base_step is {base_step}; the job stands at {self._job.aggregator.step}"
+                )
+            self._job.content.check_counts(
+                member.worker.rank, group_count=group_count, layout_count=layout_count, load_count=load_count
+            )
+            if micro != member.held.micro or (member.held.spent and not resumes):
+                held = 0 if member.held.spent else member.held.micro
+                member.held.forget()
+                raise AccumulationLostError(
+                    f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
+                    "compute the gradients again"
+                )
+            stepper = self._stepper_locked(member.worker)
+            push = OpenPush(member, sequence, base_step, self._job.content.store, stepper, None)
+            if not resumes:
+                self._check_options_locked(member, steppable=steppable or member.held.nbytes > 0)
+                member.staleness = 0
+                member.grad_scale = grad_scale
+            if resumes or self._job.aggregator.begin(member.worker, base_step):
+                push.round = stepper.open_round()
+            member.occupied = True
+            return push
+
+    def set_hyperparameters(self, member: Member, group: int, options: dict[str, Any]) -> None:
+        """A worker's options of one group have changed.
+
+        Raises:
+            InvalidFieldError: there is no such group.
+        """
+        with self._changed:
+            if group >= len(member.groups):
+                raise InvalidFieldError("ParamGroup.index", f"{group} is not one of {len(member.groups)} groups")
+            member.groups[group] = options
+            member.speaks = member.unchecked = True
+
+    def bring(self, push: OpenPush, staged: StagedState) -> None:
+        """A worker has brought all that it changed outside of steps, between `begin` and its first gradient.
+
+        Raises:
+            RequestError: the step has failed in another worker's hands.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
+        """
+        with self._changed:
+            self._job.company.check_alive(push.member)
+            round_ = self.round_of_locked(push)
+            if round_ is not None and not round_.settled:
+                round_.pushed.bring(push.member.worker, staged)
+
+    def retract(self, push: OpenPush) -> None:
+        """A worker takes back a push of which it has brought no gradient yet."""
+        with self._changed:
+            worker = push.member.worker
+            if self.round_of_locked(push) is not None and self._job.aggregator.has_begun(worker):
+                push.stepper.forget_content(worker)
+                self.settle_locked(self._job.aggregator.retract(worker), worker)
+                self._changed.notify_all()
+
+    def push(self, push: OpenPush, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+        """A worker pushes the gradients of one bucket; applies what that completes. Waits for readers.
+
+        What came too late, or has come before on a stream that broke, is passed over.
+
+        Args:
+            push: What `begin` returned.
+            bucket: One of the job's, which has not come on this stream in this push.
+            present: For each slice whether there is a gradient.
+            payload: The gradients, flat, on the CPU. Only read, and not kept.
+
+        Raises:
+            RequestError: the step has failed in another worker's hands.
+            UpdateRefusedError: torch refuses the update.
+            LimitExceededError: the device has no memory left for it.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
+        """
+        member = push.member
+        with self._changed:
+            self._job.readers.wait()
+            self._job.company.check_alive(member)
+            if self.takes_locked(push) and not self._job.aggregator.holds(member.worker, bucket.bucket_id):
+                self._contribute_locked(push, bucket, *member.held.take(bucket, present, payload))
+
+    def end(self, push: OpenPush, *, skipped: bool = False) -> None:
+        """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.
+
+        Args:
+            push: What `begin` returned.
+            skipped: Whether it brings no gradients, not even those that are held of it, because they are not finite.
+
+        Raises:
+            RequestError: the step has failed in another worker's hands.
+            NonFiniteGradientError: the step's gradient is not finite, and the job refuses that.
+            UpdateRefusedError: torch refuses the update.
+            LimitExceededError: the device has no memory left for it.
+            OutOfOrderError: the worker's line is down.
+            JobDeletedError: the job went away.
+        """
+        member = push.member
+        with self._changed:
+            self._job.readers.wait()
+            self._job.company.check_alive(member)
+            if not self.takes_locked(push) or self._job.aggregator.has_ended(member.worker):
+                return
+            if not skipped:
+                for bucket_id, present, payload in list(member.held.rest()):
+                    self._contribute_locked(push, push.store.buckets[bucket_id], present, payload)
+                self.push_held_again_locked(push)
+            member.held.spend()
+            self.settle_locked(self._job.aggregator.end(member.worker, skipped=skipped), member.worker)
+
+    def refuse(self, member: Member) -> None:
+        """A worker's push is over without a receipt: what it has used up of held gradients is of no use any more."""
+        with self._changed:
+            member.held.settle()
+
+    def finished(self, member: Member) -> None:
+        """A worker's push or accumulation is over, and all of its answers are out. May be called more than once."""
+        with self._changed:
+            member.occupied = False
+            member.reserved_bytes = 0
+            self._changed.notify_all()
+
+    # --- for the job, all with self._changed held
+
+    def drain_locked(self) -> None:
+        """Begins no more steps."""
+        self._draining = True
+
+    def renew_locked(self) -> None:
+        """The parameters have been replaced by others."""
+        self._steppers.clear()
+        self.changes.forget()
+
+    def _see_all_locked(self, member: Member) -> None:
+        """A worker is sent all that there is."""
+        member.sight.see_all(self.changes.clock, self._job.aggregator.step - member.own_steps)
+
+    def forget_content_locked(self, worker: Worker) -> None:
+        """A worker is lost: what it changed outside of steps goes with its push, unless that is complete."""
+        if not self._job.aggregator.has_ended(worker):
+            self._stepper_locked(worker).forget_content(worker)
+
+    def forget_worker_locked(self, worker: Worker) -> None:
+        """A worker is not in the job any more."""
+        if self._job.settings.is_async:
+            self._steppers.pop(worker, None)
+        self._settle_torn_locked()
+
+    def settle_locked(self, decisions: Sequence[Decision], worker: Worker | None) -> None:
+        """Carries decisions out and makes what became of a step the job's.
+
+        Args:
+            decisions: The decisions.
+            worker: What they followed from; None where that is time.
+        """
+        if worker is None and self._job.settings.is_async:
+            # Nothing but that workers are released, which they find out for themselves.
+            self._changed.notify_all()
+            return
+        step = self._job.aggregator.step - sum(isinstance(decision, Commit) for decision in decisions)
+        self._note_staleness_locked(decisions, step)
+        try:
+            round_ = self._stepper_locked(worker).carry_out(decisions)
+        except Exception:
+            self._forget_locked(worker, step)
+            raise
+        finally:
+            self._changed.notify_all()
+        if round_ is None:
+            return
+        if round_.spoken and round_.is_answered:
+            self._job.content.groups = round_.groups
+        if round_.commit is not None:
+            self._answer_commit_locked(round_)
+        elif round_.skipped is not None:
+            # The aggregator may have counted a step that its gradient did not allow.
+            self._job.aggregator.forget_step(round_.skipped.step)
+            for pushed in round_.skipped.pushes:
+                self._answer_locked(pushed, round_, Outcome.SKIPPED_NONFINITE, step=round_.skipped.step)
+        self._settle_torn_locked()
+
+    # --- inside, all with self._changed held
+
+    def _await_turn_locked(self, member: Member) -> None:
+        """Waits until pushes may begin, and neither newcomers nor readers would wait for ever if they did."""
+        company, job = self._job.company, self._job
+
+        def may_begin() -> bool:
+            overtakes = company.newcomers and not job.aggregator.is_open
+            return not overtakes and (not job.settings.is_async or job.readers.may_push)
+
+        company.await_all(member)
+        while not may_begin():
+            company.wait(
+                member, may_begin, job.settings.join_timeout_s, lambda: "a worker is joining, or somebody reads the job"
+            )
+            company.await_all(member)
+
+    def takes_locked(self, push: OpenPush) -> bool:
+        """Whether what a worker pushes may still be in a step."""
+        round_ = self.round_of_locked(push)
+        return round_ is not None and not round_.is_over and self._job.aggregator.has_begun(push.member.worker)
+
+    def round_of_locked(self, push: OpenPush) -> Round | None:
+        """A push's round. Tells its worker where the step has failed for good in another one's hands."""
+        round_ = push.round
+        if round_ is not None and not isinstance(round_.failure, ANSWERABLE):
+            self.check_sound_locked(round_)
+        return round_
+
+    def check_sound_locked(self, round_: Round) -> None:
+        """Tells every worker of a step that failed in another one's hands."""
+        if isinstance(round_.failure, RequestError):
+            raise type(round_.failure)(round_.failure.message)
+        if round_.failure is not None:
+            raise RequestError("the step failed on the server, whose log has the reason")
+
+    def answered_locked(self, push: OpenPush) -> Receipt | None:
+        """The receipt of a push that was answered with its step."""
+        receipt = self._job.company.record(push.member.worker.worker_id).receipt
+        return receipt if receipt is not None and receipt.sequence == push.sequence else None
+
+    def push_held_again_locked(self, push: OpenPush) -> None:
+        """Pushes again what is owed of buckets whose gradients the worker has handed over."""
+        member = push.member
+        for bucket_id in sorted(self._job.aggregator.owed(member.worker)):
+            again = member.held.again(bucket_id)
+            if again is not None:
+                self._contribute_locked(push, push.store.buckets[bucket_id], *again)
+
+    def _contribute_locked(self, push: OpenPush, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
+        member, step = push.member, self._job.aggregator.step
+        decisions = self._job.aggregator.push(member.worker, bucket.bucket_id)
+        self._note_staleness_locked(decisions, step)
+        try:
+            push.stepper.contribute(member.worker, bucket, present, payload, decisions, grad_scale=member.grad_scale)
+        except Exception:
+            self._forget_locked(member.worker, step)
+            self._changed.notify_all()
+            raise
+        if decisions:
+            self._changed.notify_all()
+
+    def _note_staleness_locked(self, decisions: Sequence[Decision], step: int) -> None:
+        """Notes how stale the gradients of asynchronous pushes are where they are applied, with `step` committed."""
+        if not self._job.settings.is_async:
+            return
+        for decision in decisions:
+            if isinstance(decision, ApplyBucket):
+                for worker in decision.contributors:
+                    member = self._job.company.members.get(worker)
+                    if member is not None:
+                        stale = member.sight.steps_since(decision.bucket_id, step - member.own_steps)
+                        member.staleness = max(member.staleness, stale)
+
+    def _forget_locked(self, worker: Worker | None, step: int) -> None:
+        """The step could not be applied: of an asynchronous job, that of one worker."""
+        if isinstance(self._job.aggregator, AsyncAggregator) and worker is not None:
+            self._job.aggregator.forget_push(worker)
+        self._job.aggregator.forget_step(step)
+
+    def _answer_commit_locked(self, round_: Round) -> None:
+        commit = round_.commit
+        if commit is None:
+            raise RuntimeError("the round has not been committed")
+        contributions = []
+        outcome = Outcome.APPLIED if len(commit.contributors) == 1 else Outcome.MERGED
+        for worker in commit.contributors:
+            record = self._job.company.record(worker.worker_id)
+            contributions.append(Contribution(worker.rank, worker.worker_id, record.next_sequence))
+            record.pushes += 1
+            member = self._job.company.members.get(worker)
+            if member is not None:
+                member.own_steps += 1
+            self._answer_locked(worker, round_, outcome, step=commit.step)
+        for worker in commit.skipped:
+            self._answer_locked(worker, round_, Outcome.SKIPPED_NONFINITE, step=commit.step)
+        self._job.history.add(
+            CommittedStep(
+                step=commit.step,
+                contributors=tuple(contributions),
+                partial_contributors=tuple(worker.rank for worker in commit.partial_contributors),
+                hyperparameters_disagreed=round_.disagreed,
+                grad_norm=round_.grad_norm,
+                pushed_differently=round_.pushed_differently,
+            )
+        )
+        self._job.buffers.step_committed_locked()
+
+    def _answer_locked(self, worker: Worker, round_: Round, outcome: Outcome, *, step: int) -> None:
+        commit = round_.commit
+        member = self._job.company.members.get(worker)
+        self._job.company.answer(
+            worker,
+            Receipt(
+                sequence=self._job.company.record(worker.worker_id).next_sequence,
+                step=step,
+                outcome=outcome,
+                contributors=tuple(w.rank for w in commit.contributors) if commit is not None else (),
+                partial_contributors=tuple(w.rank for w in commit.partial_contributors) if commit is not None else (),
+                hyperparameters_disagreed=round_.disagreed,
+                grad_norm=round_.grad_norm,
+                pushed_differently=round_.pushed_differently,
+                staleness=member.staleness if member is not None else 0,
+            ),
+        )
+        if member is not None and not self._job.settings.is_async:
+            self._see_all_locked(member)
+
+    def _check_options_locked(self, member: Member, *, steppable: bool) -> None:
+        """Checks a worker's options, if they have changed. Those that have to be no ones to step with do not count."""
+        if member.unchecked:
+            content = self._job.content
+            groups = content.with_options(member.groups)
+            content.check_place_of_steps(groups)
+            needed = content.bytes_with(groups) - content.full_bytes
+            if needed > 0:
+                self._job.check_room(needed, "the state with the worker's options")
+            member.steppable = True
+            try:
+                content.check_steppable(groups)
+            except UpdateRefusedError:
+                member.steppable = False
+                if steppable:
+                    raise
+                return
+            member.unchecked = False
+
+    def _stepper_locked(self, worker: Worker | None) -> Stepper:
+        key = worker if self._job.settings.is_async else None
+        stepper = self._steppers.get(key)
+        if stepper is None:
+            stepper = self._steppers[key] = Stepper(
+                self._job.name,
+                self._job.content.store,
+                self._job.company.members,
+                groups=lambda: self._job.content.groups,
+                changes=self.changes,
+                settle_torn=self._mark_torn_locked,
+                mean=self._job.settings.reduction == "mean",
+                separate=self._job.settings.holds_apart,
+                max_grad_norm=self._job.settings.max_grad_norm,
+                nonfinite=self._job.settings.nonfinite,
+            )
+        return stepper
+
+    def _mark_torn_locked(self) -> list[int]:
+        """Brings parameters of which some slices have had an update and others have not to one step.
+
+        Not while another push is under way, of which that is true as well: then later.
+        """
+        if self._job.settings.is_async and self._job.aggregator.is_open:
+            self._torn = True
+            return []
+        self._torn = False
+        return self._job.content.store.settle_partial_steps()
+
+    def _settle_torn_locked(self) -> None:
+        if self._torn and not self._job.aggregator.is_open:
+            self._mark_torn_locked()
