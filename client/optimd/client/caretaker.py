@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import queue
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class Charge(Protocol):
     def beat(self) -> None:
         """Says that the worker is alive."""
 
-    def say_goodbye(self) -> None:
-        """Tells the server that the worker leaves."""
+    def say_goodbye(self, *, failed: bool = False) -> None:
+        """Tells the server that the worker leaves; where its place is to be kept if it `failed`, only if it has not."""
 
     def has_left(self) -> bool:
         """Whether the server has answered that."""
@@ -50,6 +51,7 @@ class _Word(Enum):
     ADD = auto()
     FORGET = auto()
     SEE_OFF = auto()
+    EXIT = auto()
 
 
 @dataclass(slots=True)
@@ -70,10 +72,9 @@ class Caretaker:
         # Reentrant: a finalizer may run while it is held. It only puts words into the mailbox, which needs no lock.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None  # guarded by self._lock
-        self._mailbox: queue.SimpleQueue[tuple[_Word, Charge]] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[tuple[_Word, Charge | None]] = queue.SimpleQueue()
         # Belongs to the thread.
         self._charges: dict[Charge, _Care] = {}
-        self._exiting = False
 
     def forked(self) -> object:
         """In a child: knows of nothing that the parent takes care of."""
@@ -113,35 +114,44 @@ class Caretaker:
                 # It must not be kept alive while this thread sleeps.
                 del charge
             with self._lock:
-                leaving = [care for care in self._charges.values() if care.leaving_until_s is not None]
-                if self._mailbox.empty() and not (leaving if self._exiting else self._charges):
+                if self._mailbox.empty() and not self._charges:
                     self._thread = None
                     return
 
     def _pause(self) -> float:
         now = time.monotonic()
-        if self._exiting or any(care.leaving_until_s is not None for care in self._charges.values()):
+        if any(care.leaving_until_s is not None for care in self._charges.values()):
             return _LOOKING_S
         return max(0.0, min((care.due_s - now for care in self._charges.values()), default=0.0))
 
-    def _hear(self, word: _Word, charge: Charge) -> None:
-        now = time.monotonic()
+    def _hear(self, word: _Word, charge: Charge | None) -> None:
+        if charge is None:
+            # The process ends. What it ends with has been printed by now.
+            failed = hasattr(sys, "last_value")
+            for other in self._charges:
+                self._see_off(other, failed=failed)
+            return
         match word:
             case _Word.ADD:
-                self._charges[charge] = _Care(now + charge.heartbeat_s)
+                self._charges[charge] = _Care(time.monotonic() + charge.heartbeat_s)
             case _Word.FORGET:
                 self._charges.pop(charge, None)
             case _Word.SEE_OFF if charge in self._charges:
-                self._charges[charge].leaving_until_s = now + _FAREWELL_S
-                charge.say_goodbye()
-            case _Word.SEE_OFF:
+                self._see_off(charge)
+            case _:
                 charge.drop()
 
+    def _see_off(self, charge: Charge, *, failed: bool = False) -> None:
+        care = self._charges[charge]
+        if care.leaving_until_s is None:
+            care.leaving_until_s = time.monotonic() + _FAREWELL_S
+            charge.say_goodbye(failed=failed)
+
     def _finish(self) -> None:
-        """At the end of the process: what was dropped by then, or is now, leaves in good order, if that is quick."""
+        """At the end of the process: all workers leave in good order, if that is quick."""
         thread = self._thread
-        self._exiting = True
         if thread is not None and thread.is_alive():
+            self._mailbox.put((_Word.EXIT, None))
             thread.join(_AT_EXIT_S)
 
 

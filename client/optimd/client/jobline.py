@@ -392,10 +392,16 @@ class JobLine:
             timeout_s=2 * self.heartbeat_s,
         )
 
-    def say_goodbye(self) -> None:
-        """Tells the server that the worker leaves, if the line is up. Does not wait."""
+    def say_goodbye(self, *, failed: bool = False) -> None:
+        """Tells the server that the worker leaves, if the line is up. Does not wait.
+
+        Not of one that `failed` in a job that is to wait for lost workers: its successor takes its place.
+        """
         stream = self._stream
-        if stream is not None and self._broken is None and self.connection.is_own:
+        if failed and self.request.aggregation.sync.on_loss == job_pb2.ON_LOSS_WAIT:
+            if stream is not None and self.connection.is_own:
+                stream.cancel()
+        elif stream is not None and self._broken is None and self.connection.is_own:
             stream.send([encode(training_pb2.TrainRequest(leave=training_pb2.Leave()))])
             stream.close_side()
 
@@ -410,11 +416,11 @@ class JobLine:
 
     # --- leaving
 
-    def leave(self) -> None:
-        """Leaves the job in good order. May be called more than once."""
+    def leave(self, *, failed: bool = False) -> None:
+        """Leaves the job in good order, as `say_goodbye` does. May be called more than once."""
         if self.connection.is_own:
             caretaker.forget(self)
-        self.say_goodbye()
+        self.say_goodbye(failed=failed)
         stream, self._stream = self._stream, None
         if stream is not None and self._broken is None and self.connection.is_own:
             stream.finish()

@@ -42,9 +42,11 @@ class Sync:
     repeats bit for bit. Takes memory for one gradient a worker."""
 
     on_loss: Literal["shrink", "wait"] = "shrink"
-    """What becomes of the place of a worker that died. Shrink: steps go on without it, and a mean divides by those that
-    are left. Wait: steps wait until it is started again, under its `worker_id` or its rank; a script that takes up its
-    data at `opt.next_sequence` then comes to the same weights as if nothing had happened."""
+    """What becomes of the place of a worker that died, or whose script ended with an exception. Shrink: steps go on
+    without it, and a mean divides by those that are left. Wait: steps wait until it is started again, under its
+    `worker_id` or its rank. What had come of its push is kept, and what its successor pushes under the same sequence
+    number completes it: a script that takes up its data at `opt.next_sequence`, and computes the same gradients again,
+    comes to the same weights as if nothing had happened."""
 
     timeout_s: float = 300.0
     """How long complete pushes wait for a worker that is alive and does not push, in seconds. Then the step is made

@@ -385,11 +385,14 @@ class OptimizerProxy(RemoteOptimizer):
 
     def close(self) -> None:
         """Leaves the job. A private job is dropped by the server. May be called more than once."""
+        self._leave()
+
+    def _leave(self, *, failed: bool = False) -> None:
         session, finalizer = self._session, self._finalizer
         if session is not None and finalizer is not None and finalizer.detach() is not None:
             names.give_back(session.job, session.worker_id)
             self._own_hooks().close()
-            session.leave()
+            session.leave(failed=failed)
 
     def __enter__(self) -> Self:
         return self
@@ -397,7 +400,8 @@ class OptimizerProxy(RemoteOptimizer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        # A script that ends with an exception is to be started again: `Sync(on_loss="wait")` waits for that.
+        self._leave(failed=error is not None)
 
     # --- inside
 

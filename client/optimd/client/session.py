@@ -487,10 +487,14 @@ class Session:
 
     # --- leaving
 
-    def leave(self) -> None:
-        """Leaves the job in good order. May be called more than once."""
+    def leave(self, *, failed: bool = False) -> None:
+        """Leaves the job in good order. May be called more than once.
+
+        Args:
+            failed: Whether the worker ends before its time: a job with `on_loss="wait"` keeps its place then.
+        """
         self._nothing_held()
-        self._line.leave()
+        self._line.leave(failed=failed)
 
     def abandon(self) -> None:
         """Has the worker leave without waiting for it. May be called from any thread, a finalizer's too."""

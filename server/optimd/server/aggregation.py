@@ -103,9 +103,9 @@ class SyncAggregator:
     counts, whatever becomes of its worker. With `on_loss="wait"` a lost worker is awaited still: when it comes back, it
     pushes what is missing of its push.
 
-    A live worker that has not come `timeout_s` after somebody else's push was complete is left behind: the step is
-    committed without it, and it is awaited again once it has shown itself. Its push is then late. With
-    `on_loss="wait"` nobody is left behind: the step fails instead.
+    A live worker that has not come when somebody has waited for `timeout_s`, its own push complete, is left behind: the
+    step is committed without it, and it is awaited again once it has shown itself. Its push is then late. Where others
+    have to push again meanwhile, they have that time anew. With `on_loss="wait"` nobody is left behind: the step fails.
 
     Args:
         world_size: How many workers the first step waits for, at least 1; None for whoever is there.
@@ -266,11 +266,12 @@ class SyncAggregator:
         """A worker begins its push. The job is formed, the worker live, and it has not begun one.
 
         Returns:
-            Whether the push is in the open step. Else it is late: its parameters come from an earlier step.
+            Whether the push is in the open step. Else it is late: its parameters come from an earlier step, or buckets
+            have been applied without it.
         """
         if not self._formed or worker not in self._live or worker in self._begun:
             raise RuntimeError(f"{worker} cannot begin a push")
-        if base_step != self.step:
+        if base_step != self.step or (worker in self._left_behind and self._applied):
             return False
         self._left_behind.discard(worker)
         self._begun.add(worker)
@@ -310,6 +311,7 @@ class SyncAggregator:
         if not self._is_pushing(worker) or any(worker in pushed for pushed in self._pushed.values()):
             raise RuntimeError(f"{worker} cannot take back a push")
         self._begun.discard(worker)
+        self._owed.pop(worker, None)
         if self._begun:
             return []
         self._reset()
@@ -319,12 +321,17 @@ class SyncAggregator:
 
     @property
     def is_timed(self) -> bool:
-        """Whether a complete push waits: whether `tick` has to be told of time."""
-        return bool(self._ended)
+        """Whether somebody's complete push waits: whether `tick` has to be told of time."""
+        return bool(self._ended & self._live)
 
-    def tick(self, now: float) -> list[Decision]:
-        """Time has passed. `now` is in seconds and never goes back."""
-        if not self._ended:
+    def tick(self, now: float, *, waited_for: bool = False) -> list[Decision]:
+        """Time has passed.
+
+        Args:
+            now: The time, in seconds; it never goes back.
+            waited_for: Whether a worker that is not in the step waits for its end: a newcomer, or one that is late.
+        """
+        if not self.is_timed and not (waited_for and self._begun and not self._waits_for_lost):
             self._waited_since = None
             return []
         if self._waited_since is None:
@@ -377,9 +384,13 @@ class SyncAggregator:
             for other in others:
                 self._owed.setdefault(other, set()).add(bucket_id)
                 self._ended.discard(other)
+                # Whoever waits does so for pushes that have to be made again.
+                self._waited_since = None
+        decisions: list[Decision] = [Discard(worker, buckets)]
         # Whoever is gone cannot push again, not even a part of it.
-        gone = [other for other in self._owed if other not in self._live | self._absent and self._owed[other]]
-        return [Discard(worker, buckets), *(more for other in gone for more in self._discard(other))]
+        while gone := [other for other in self._owed if other not in self._live | self._absent]:
+            decisions += self._discard(gone[0])
+        return decisions
 
     def _after_loss(self, begun: Collection[Worker]) -> list[Decision]:
         """What follows where some of those that had `begun` may not be in the step any more."""
@@ -409,7 +420,8 @@ class SyncAggregator:
     def _is_step_complete(self) -> bool:
         awaited = self._awaited()
         if self._backup_workers and self.world_size is not None:
-            return len(self._ended) >= max(1, min(self.world_size - self._backup_workers, len(awaited)))
+            needed = min(self.world_size - self._backup_workers, len(awaited | self._ended))
+            return len(self._ended) >= max(1, needed)
         return awaited <= self._ended
 
     def _is_complete(self, bucket_id: int) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Final
 
@@ -69,7 +70,7 @@ class Company:
         self.bringing: Member | None = None
         """Who is uploading parameters or state: nothing else begins meanwhile."""
         self.newcomers = 0
-        """How many wait to be let in: no push begins meanwhile, or they would wait for ever."""
+        """How many wait for the end of a step that they are not in, to be let in or to be given parameters."""
         self._records: dict[str, WorkerRecord] = {}
 
     def record(self, worker_id: str) -> WorkerRecord:
@@ -85,6 +86,16 @@ class Company:
         if member is not None:
             member.held.forget()
             member.reserved_bytes = 0
+
+    @contextmanager
+    def waiting_at_boundary(self) -> Iterator[None]:
+        """A worker waits for the end of a step that it is not in: no other begins before it, and that one is timed."""
+        self.newcomers += 1
+        try:
+            yield
+        finally:
+            self.newcomers -= 1
+            self._changed.notify_all()
 
     def free_rank(self, worker_id: str) -> int:
         """The rank of a worker that asks for none: the one that it had, or else the lowest that nobody has."""

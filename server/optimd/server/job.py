@@ -6,6 +6,7 @@ lock. The calling threads are those of the workers' streams: the one that comple
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -33,6 +34,7 @@ from optimd.server.pushing import Pushing
 from optimd.server.readers import Readers, ReadHold
 from optimd.server.receipts import Receipt
 from optimd.server.settings import JobSettings
+from optimd.server.staleness import AsyncAggregator
 from optimd.server.store import Store
 from optimd.server.watching import StepHistory
 from optimd.wire.layout import Bucket, Parameter
@@ -169,10 +171,6 @@ class Job:
         with self._changed:
             return [self._company.members[worker] for worker in sorted(self._company.members)]
 
-    def silence_s(self, member: Member) -> float:
-        """How long ago a member was heard of last, in seconds."""
-        return max(0.0, time.monotonic() - self._company.membership.heard_s(member.worker))
-
     def lag(self, member: Member) -> int:
         """How many pushes a member is ahead of the slowest, in an asynchronous job."""
         with self._changed:
@@ -246,7 +244,7 @@ class Job:
                 if displaced:
                     for worker in displaced:
                         superseded = worker.worker_id == member.worker.worker_id
-                        self._remove_locked(worker, superseded=superseded, ends_stream=True)
+                        self._remove_locked(worker, lost=True, superseded=superseded, ends_stream=True)
                     continue
                 if self._may_enter_locked(member):
                     break
@@ -267,6 +265,8 @@ class Job:
                 self.pulling.see_locked(member, bucket.bucket_id)
             self._changed.notify_all()
             record = self._company.record(member.worker.worker_id)
+            if record.receipt is not None and self.settings.is_async:
+                record.receipt = dataclasses.replace(record.receipt, lag=self._aggregator.lag(member.worker))
             return Standing(
                 job_step=step,
                 next_sequence=record.next_sequence,
@@ -282,11 +282,6 @@ class Job:
                 self._company.membership.heard(worker, time.monotonic())
                 return True
         return False
-
-    def sending(self, member: Member, *, since: float | None) -> None:
-        """What a worker is being sent since when, or that it has taken it. Does not wait, not even for the lock."""
-        if member.alive:
-            self._company.membership.sending(member.worker, since)
 
     def disconnect(self, member: Member) -> None:
         """A worker's line is down: whatever waits on its behalf stops waiting.
@@ -315,7 +310,8 @@ class Job:
 
     def is_due(self, now: float) -> bool:
         """Whether `tick` may have something to do. Does not wait, not even for the lock."""
-        return self._aggregator.is_timed or bool(self._company.membership.lapsed(now))
+        timed = self._aggregator.is_timed or self._company.newcomers > 0
+        return timed or bool(self._company.membership.lapsed(now))
 
     def tick(self, now: float) -> None:
         """Time has passed: ends leases, and waits that have been too long. Waits for readers.
@@ -327,10 +323,11 @@ class Job:
             for worker in self._company.membership.lapsed(now):
                 _log.warning("job %s: rank %d (%s) was lost: its lease has ended", self.name, *worker)
                 self._remove_locked(worker, lost=True, ends_stream=True)
-            if self._aggregator.is_timed:
+            waited_for = self._company.newcomers > 0
+            if self._aggregator.is_timed or waited_for:
                 self._readers.wait()
                 awaited = self._aggregator.missing()
-                decisions = self._aggregator.tick(now)
+                decisions = self._aggregator.tick(now, waited_for=waited_for)
                 if decisions:
                     ranks = ", ".join(str(worker.rank) for worker in awaited)
                     _log.warning("job %s: rank %s did not come in time (timeout_s)", self.name, ranks)
@@ -426,13 +423,10 @@ class Job:
 
     def _await_boundary_locked(self, member: Member) -> None:
         """Waits until a newcomer may come in, or something has changed that may speak against it."""
-        self._company.newcomers += 1
-        try:
-            with self.buffers.expecting_newcomer_locked():
-                self._company.wait(member, lambda: self._may_enter_locked(member), self.settings.timeout_s)
-        finally:
-            self._company.newcomers -= 1
-            self._changed.notify_all()
+        with self._company.waiting_at_boundary(), self.buffers.expecting_newcomer_locked():
+            # The step is timed as soon as somebody waits for it: it ends before this does.
+            longest_s = min(2 * self.settings.timeout_s + self.lease_s, threading.TIMEOUT_MAX)
+            self._company.wait(member, lambda: self._may_enter_locked(member), longest_s)
 
     def _enter_locked(self, member: Member, *, creates: bool) -> None:
         worker = member.worker
@@ -440,7 +434,7 @@ class Job:
         record.rank = worker.rank
         former, record.former = record.former, None
         self._company.members[worker] = member
-        self._company.membership.enter(worker, member.incarnation, now=time.monotonic())
+        member.place = self._company.membership.enter(worker, member.incarnation, now=time.monotonic())
         member.groups = [dict(group) for group in self.groups]
         # The same process, back after its lease had ended, says what it said.
         returns = former is not None and former.incarnation == member.incarnation
@@ -458,10 +452,14 @@ class Job:
         self.buffers.disconnect_locked(former)
         member.take_over(former)
         self._company.members[member.worker] = member
-        self._company.membership.resume(member.worker, now=time.monotonic())
+        member.place = self._company.membership.resume(member.worker, now=time.monotonic())
         former.cancel()
         self._changed.notify_all()
         _log.info("job %s: rank %d (%s) is back on a new line", self.name, *member.worker)
+        if isinstance(self._aggregator, AsyncAggregator):
+            # It is given no parameters before it would have been on its old line.
+            waits = self._aggregator
+            self._company.wait(member, lambda: not waits.is_waiting(member.worker), None)
         return base_step == self.step
 
     def _remove_locked(
@@ -485,7 +483,7 @@ class Job:
             return
         self.bringing.take_back_locked(member)
         self.buffers.leave_locked(member)
-        stays = (lost or superseded) and member.ready and self.settings.on_loss == "wait"
+        stays = lost and member.ready and self.settings.on_loss == "wait"
         if not stays:
             self.pushing.forget_content_locked(worker)
         if lost and not superseded:

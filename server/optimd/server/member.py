@@ -10,6 +10,7 @@ import torch
 
 from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Worker
+from optimd.server.membership import Place
 from optimd.server.receipts import Receipt
 from optimd.server.sight import Sight
 from optimd.wire.layout import Bucket
@@ -139,6 +140,8 @@ class Member:
     """What it has seen of the job's values."""
     held: HeldGradients = field(default_factory=HeldGradients)
     """What it has had accumulated."""
+    place: Place = field(default_factory=lambda: Place(0, 0.0))
+    """Its place in the job, once it is in it. Its stream notes there, without the lock, when it hears of it."""
     cancel: Callable[[], object] = lambda: None
     """Ends its stream. May be called from any thread, and more than once."""
 

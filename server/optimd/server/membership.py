@@ -9,7 +9,6 @@ A `worker_id` belongs to one process at a time, its last `incarnation`: those be
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -65,7 +64,8 @@ class Membership:
 
     Args:
         lease_s: How long a worker stays in the job after it was last heard of, in seconds.
-        while_broken: Whether leases end only while lines are broken: where nobody waits for anybody.
+        while_broken: Whether leases end only while lines are broken: where nobody waits for anybody, a silent process
+            keeps its place until another claims it.
     """
 
     def __init__(self, lease_s: float, *, while_broken: bool = False) -> None:
@@ -100,23 +100,28 @@ class Membership:
         alive = {
             other: place
             for other, place in rivals.items()
-            if place.connected and now < place.lapses_at(self.lease_s) and place.incarnation != incarnation
+            if place.connected
+            and now < place.lapses_at(self.lease_s)
+            # The same process, once with another rank: it knows that its own line is broken.
+            and not (other.worker_id == worker.worker_id and place.incarnation == incarnation)
         }
         if not alive:
             return Claim(Verdict.ENTER, tuple(sorted(rivals)))
         # Only what was heard since counts: a process that died a moment ago was heard of a moment before that.
-        heard = any(place.heard_s > since for place in alive.values())
-        return Claim(Verdict.IN_USE if heard else Verdict.WAIT, tuple(sorted(alive)))
+        heard = [other for other, place in alive.items() if place.heard_s > since]
+        return Claim(Verdict.IN_USE, tuple(sorted(heard))) if heard else Claim(Verdict.WAIT, tuple(sorted(alive)))
 
-    def enter(self, worker: Worker, incarnation: int, *, now: float) -> None:
+    def enter(self, worker: Worker, incarnation: int, *, now: float) -> Place:
         """A process is in the job from now on. Nobody is in its place."""
         self._last_incarnation[worker.worker_id] = incarnation
         self._places[worker] = Place(incarnation, now)
+        return self._places[worker]
 
-    def resume(self, worker: Worker, *, now: float) -> None:
+    def resume(self, worker: Worker, *, now: float) -> Place:
         """A process that is in the job has a line again."""
         place = self._places[worker]
         place.connected, place.heard_s, place.sending_since_s = True, now, None
+        return place
 
     def disconnect(self, worker: Worker) -> None:
         """The line of a process that is in the job is down."""
@@ -128,11 +133,6 @@ class Membership:
         place = self._places.get(worker)
         if place is not None:
             place.heard_s = now
-
-    def heard_s(self, worker: Worker) -> float:
-        """When a process was last heard of, in seconds; infinity for an unknown one. As `heard`."""
-        place = self._places.get(worker)
-        return math.inf if place is None else place.heard_s
 
     def sending(self, worker: Worker, since: float | None) -> None:
         """Since when a process has taken nothing of what it is being sent; None where it has. As `heard`."""

@@ -132,7 +132,8 @@ class Pulling:
             if isinstance(aggregator, AsyncAggregator):
                 self._job.company.wait(push.member, lambda: not aggregator.is_waiting(worker), None)
             else:
-                self._job.company.wait(push.member, lambda: not aggregator.has_applied, None)
+                with self._job.company.waiting_at_boundary():
+                    self._job.company.wait(push.member, lambda: not aggregator.has_applied, None)
                 aggregator.catch_up(worker)
             if push.store is not self._job.content.store:
                 raise JobMismatchError(
@@ -213,6 +214,9 @@ class Pulling:
                 )
                 self._job.company.record(member.worker.worker_id).dropped += 1
                 self._job.company.answer(member.worker, answered)
+            elif catch_up is None and push.round is not None and push.round.commit is not None:
+                # It has been sent all that its step has changed, and stood at the step before.
+                member.sight.see_all(push.round.clock, 0)
             elif self._job.settings.is_async:
                 answered = dataclasses.replace(answered, lag=aggregator.lag(member.worker))
                 self._job.company.record(member.worker.worker_id).receipt = answered
@@ -225,7 +229,7 @@ class Pulling:
         if self._job.settings.is_async:
             return True
         answered = self._pushing.answered_locked(push)
-        return answered is None or push.member.worker.rank in answered.partial_contributors
+        return answered is None or push.was_answered or push.member.worker.rank in answered.partial_contributors
 
 
 def _hand_out(push: OpenPush, round_: Round) -> list[tuple[int, list[bool]]]:

@@ -46,6 +46,8 @@ class OpenPush:
     """None where it came too late, from the start."""
     handed_out: int = 0
     """How many of the round's applied buckets the worker has been sent."""
+    was_answered: bool = False
+    """Whether that was before it came, on a stream that broke."""
 
 
 class Pushing:
@@ -98,6 +100,12 @@ class Pushing:
             JobDeletedError: the job went away.
         """
         with self._changed:
+            stepper = self._stepper_locked(member.worker)
+            push = OpenPush(member, sequence, base_step, self._job.content.store, stepper, None)
+            if self.answered_locked(push) is not None:
+                # On the stream before this one, while the worker was on its way back.
+                push.was_answered = member.occupied = True
+                return push
             self._job.company.check_sequence(member, "StepBegin", sequence)
             resumes = self._job.aggregator.has_begun(member.worker)
             if not resumes:
@@ -118,8 +126,6 @@ class Pushing:
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
                     "compute the gradients again"
                 )
-            stepper = self._stepper_locked(member.worker)
-            push = OpenPush(member, sequence, base_step, self._job.content.store, stepper, None)
             if not resumes:
                 self._check_options_locked(member, steppable=steppable or member.held.nbytes > 0)
                 member.staleness = 0
@@ -158,8 +164,10 @@ class Pushing:
     def retract(self, push: OpenPush) -> None:
         """A worker takes back a push of which it has brought no gradient yet."""
         with self._changed:
-            worker = push.member.worker
-            if self.round_of_locked(push) is not None and self._job.aggregator.has_begun(worker):
+            worker, aggregator = push.member.worker, self._job.aggregator
+            # One that was resumed may have brought some on the stream before: it stays as it is.
+            brought = any(aggregator.holds(worker, bucket.bucket_id) for bucket in push.store.buckets)
+            if self.takes_locked(push) and not brought:
                 push.stepper.forget_content(worker)
                 self.settle_locked(self._job.aggregator.retract(worker), worker)
                 self._changed.notify_all()
@@ -239,10 +247,6 @@ class Pushing:
         """The parameters have been replaced by others."""
         self._steppers.clear()
         self.changes.forget()
-
-    def _see_all_locked(self, member: Member) -> None:
-        """A worker is sent all that there is."""
-        member.sight.see_all(self.changes.clock, self._job.aggregator.step - member.own_steps)
 
     def forget_content_locked(self, worker: Worker) -> None:
         """A worker is lost: what it changed outside of steps goes with its push, unless that is complete."""
@@ -372,6 +376,7 @@ class Pushing:
         commit = round_.commit
         if commit is None:
             raise RuntimeError("the round has not been committed")
+        round_.clock = self.changes.clock
         contributions = []
         outcome = Outcome.APPLIED if len(commit.contributors) == 1 else Outcome.MERGED
         for worker in commit.contributors:
@@ -413,8 +418,6 @@ class Pushing:
                 staleness=member.staleness if member is not None else 0,
             ),
         )
-        if member is not None and not self._job.settings.is_async:
-            self._see_all_locked(member)
 
     def _check_options_locked(self, member: Member, *, steppable: bool) -> None:
         """Checks a worker's options, if they have changed. Those that have to be no ones to step with do not count."""

@@ -91,15 +91,15 @@ class TrainSession:
         self._on_opened = on_opened
         try:
             for response in self._serve():
-                if self._member is None or self._job is None:
+                if self._member is None:
                     yield response
                     continue
                 self._member.bytes_sent += len(response)
                 self._member.bytes_received = self._incoming.bytes_received
                 # gRPC comes back for the next one when it has got rid of this one.
-                self._job.sending(self._member, since=time.monotonic())
+                self._member.place.sending_since_s = time.monotonic()
                 yield response
-                self._job.sending(self._member, since=None)
+                self._member.place.sending_since_s = None
         except RequestError:
             # It is told so, and will not come back to this place. Unless the line was the reason.
             self._leaves = not self._incoming.has_ended and self._is_active()
@@ -112,8 +112,8 @@ class TrainSession:
                     self._registry.disconnect(self._job, self._member)
 
     def _hear(self) -> None:
-        if self._job is not None and self._member is not None:
-            self._job.hear(self._member.worker.worker_id, self._member.incarnation)
+        if self._member is not None:
+            self._member.place.heard_s = time.monotonic()
 
     def _attach(self, job: Job) -> None:
         self._job = job

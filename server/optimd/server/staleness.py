@@ -50,6 +50,8 @@ class AsyncAggregator:
         self._open: dict[Worker, _Push] = {}
         # Who waits for slower ones, since when; None where no time has passed yet.
         self._waiting: dict[Worker, float | None] = {}
+        # The slowest clock so far: it never goes back, though all that were waited for may leave.
+        self._floor = 0
 
     # --- what it is
 
@@ -101,10 +103,11 @@ class AsyncAggregator:
 
     def will_be_released(self, worker: Worker) -> bool:
         """Whether a worker would not have to wait if its push were complete now."""
+        own = self._clocks[worker]
+        if worker in self._left_behind:
+            own = max(own, self._slowest())
         others = [self._clocks[other] for other in self._awaited() - {worker}]
-        return (
-            self.max_staleness is None or not others or (self._clocks[worker] + 1 - min(others) <= self.max_staleness)
-        )
+        return self.max_staleness is None or not others or (own + 1 - min(others) <= self.max_staleness)
 
     def is_waiting(self, worker: Worker) -> bool:
         """Whether a worker waits for slower ones."""
@@ -216,8 +219,9 @@ class AsyncAggregator:
         """Whether somebody waits for slower workers: whether `tick` has to be told of time."""
         return bool(self._waiting)
 
-    def tick(self, now: float) -> list[Decision]:
-        """Time has passed. `now` is in seconds and never goes back."""
+    def tick(self, now: float, *, waited_for: bool = False) -> list[Decision]:
+        """Time has passed: `now`, in seconds, never goes back. Nobody from outside is ever `waited_for` here."""
+        del waited_for
         for worker, since in self._waiting.items():
             if since is None:
                 self._waiting[worker] = now
@@ -241,8 +245,8 @@ class AsyncAggregator:
         return self._clocks.keys() - self._left_behind
 
     def _slowest(self) -> int:
-        clocks = [self._clocks[worker] for worker in self._awaited()] or list(self._clocks.values())
-        return min(clocks, default=0)
+        self._floor = max(self._floor, min((self._clocks[worker] for worker in self._awaited()), default=0))
+        return self._floor
 
     def _release(self) -> list[Decision]:
         released = [

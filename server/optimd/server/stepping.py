@@ -48,6 +48,8 @@ class Round:
     """The parameters whose values were put in place, and whose they are."""
     applied: list[tuple[int, list[bool]]] = field(default_factory=list)
     """The buckets of which a worker has to hear, and which of their slices. One may come twice."""
+    clock: int = 0
+    """The last change of values that is in it, once it is committed."""
     commit: Commit | None = None
     skipped: Skip | None = None
     """Set where the round ended without a commit and its pushes are answered nevertheless."""
