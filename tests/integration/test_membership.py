@@ -469,3 +469,18 @@ def test_settings_that_contradict_each_other_are_refused_by_name(
     """Before anything is opened."""
     with pytest.raises(ConfigurationError, match=text):
         Adam([nn.Parameter(torch.zeros(4))], server=server.address, options=ProxyOptions(**asked))
+
+
+def test_server_step_hooks_are_told_of_every_step_across_a_broken_line(quick_server: Server, relay: Relay) -> None:
+    """Once each, in order: the stream of steps is taken up again behind the last one that was told of."""
+    p = nn.Parameter(torch.zeros(40))
+    told: list[int] = []
+    with Adam([p], server=relay.address, options=ProxyOptions(retry_timeout_s=20)) as optimizer:
+        optimizer.register_server_step_hook(lambda _, receipt: told.append(receipt.step))
+        for step in range(6):
+            p.grad = gradient(0, step, 40)
+            optimizer.step()
+            if step in (1, 3):
+                relay.cut()
+    assert relay.cuts >= 2
+    assert told == [1, 2, 3, 4, 5, 6]

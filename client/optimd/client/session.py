@@ -55,6 +55,8 @@ class Session:
         self._line = JobLine(connection, request, retry_timeout_s=retry_timeout_s, tensors=tensors)
         self._connection = connection
         self._request = request
+        self.retry_timeout_s = retry_timeout_s
+        """How long to try again where the line breaks, in seconds."""
         # What the server knows of this worker's groups for sure: what was sent with the last push that was answered.
         self._known_groups: list[bytes] = []
         # How often gradients were accumulated, or those held discarded, since the last step.
@@ -472,14 +474,14 @@ class Session:
 
     # --- watching
 
-    def watch_steps(self) -> StepStream:
-        """Opens a stream of the job's steps, from the next one that this worker has not heard of. Does not wait.
+    def watch_steps(self, after_step: int) -> StepStream:
+        """Opens a stream of the job's steps behind `after_step`. Does not wait. May be called from any thread.
 
         Raises:
             OptimdError: the line cannot be used.
         """
         self._line.usable()
-        return self._connection.watch_steps(self.job, self.worker_id, after_step=self.job_step)
+        return self._connection.watch_steps(self.job, self.worker_id, after_step=after_step)
 
     def end_watch(self, stream: StepStream) -> None:
         """Ends such a stream. May be called from any thread, and more than once."""

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.utils.hooks import RemovableHandle
 
 from optimd.client.connection import LEAVE_TIMEOUT_S, StepStream
-from optimd.client.exceptions import OptimdError, ProtocolError, ServerUnavailableError, StepTimeoutError
+from optimd.client.exceptions import (
+    ConnectionLostError,
+    OptimdError,
+    ProtocolError,
+    ServerUnavailableError,
+    StepTimeoutError,
+)
 from optimd.client.receipts import StepReceipt
 from optimd.client.session import Session
 
@@ -28,6 +35,9 @@ if TYPE_CHECKING:
     from optimd.client.proxy import OptimizerProxy
 
 _log = logging.getLogger("optimd.client")
+
+_PAUSE_S: Final = 0.2
+"""How long to wait before a stream of steps that broke is opened anew, in seconds."""
 
 # What this thread is calling hooks of, if it is.
 _here = threading.local()
@@ -151,7 +161,7 @@ class ServerStepHooks:
             _log.error("a server step hook had raised when the optimizer was closed", exc_info=error)
 
     def _start(self) -> None:
-        delivery = _Delivery(self._session.watch_steps(), self._session.job_step)
+        delivery = _Delivery(self._session.watch_steps, self._session.job_step, self._session.retry_timeout_s)
         with self._lock:
             self._delivery = delivery
         delivery.thread = threading.Thread(
@@ -211,14 +221,17 @@ class _Delivery:
     """What the thread and the steps that wait for it share. Thread-safe.
 
     Args:
-        stream: The job's steps.
+        watch: Opens a stream of the job's steps behind a given one.
         given: The last step that is not of interest.
+        retry_timeout_s: How long to try again where the stream breaks, in seconds.
     """
 
     thread: threading.Thread
 
-    def __init__(self, stream: StepStream, given: int) -> None:
-        self.stream = stream
+    def __init__(self, watch: Callable[[int], StepStream], given: int, retry_timeout_s: float) -> None:
+        self._watch = watch
+        self._retry_timeout_s = retry_timeout_s
+        self.stream = watch(given)
         self._changed = threading.Condition()
         # All below: guarded by self._changed. `phase` may be read without it.
         self.phase = _Phase.OPENING
@@ -291,6 +304,32 @@ class _Delivery:
                 self.phase = _Phase.OPEN
                 self._changed.notify_all()
 
+    def resume(self, cause: ConnectionLostError) -> None:
+        """Goes on behind the last step that was given, on a new stream, where the last one broke.
+
+        Raises:
+            ConnectionLostError: no server has answered in time, or delivery was ended.
+            OptimdError: the server does not take the call; with what it said.
+        """
+        deadline = time.monotonic() + self._retry_timeout_s
+        while time.monotonic() < deadline:
+            with self._changed:
+                if self._changed.wait_for(lambda: self.phase is _Phase.ENDED, _PAUSE_S):
+                    break
+                given = self._given
+            try:
+                stream = self._watch(given)
+                stream.await_begin()
+            except ServerUnavailableError:
+                continue
+            with self._changed:
+                self.stream = stream
+                if self.phase is not _Phase.ENDED:
+                    return
+            stream.cancel()
+            break
+        raise cause
+
     def take(self, step: int) -> bool:
         """Waits for the end of a step that writes parameters, which the server bounds.
 
@@ -322,7 +361,12 @@ def _deliver(delivery: _Delivery, optimizer: weakref.ref[OptimizerProxy], hooks:
         delivery.stream.await_begin()
         delivery.begun()
         while True:
-            receipt = delivery.stream.receive()
+            try:
+                receipt = delivery.stream.receive()
+            except ConnectionLostError as error:
+                # Without its traceback, as below.
+                delivery.resume(error.with_traceback(None))
+                continue
             if not delivery.take(receipt.step):
                 break
             try:

@@ -159,7 +159,8 @@ class Member:
         """The same process was `former` on a stream that broke: what it had given and seen is this one's."""
         self.worker = former.worker
         self.groups, self.speaks, self.unchecked = former.groups, former.speaks, True
-        self.buffers_attached = former.buffers_attached
+        # It keeps its place though this line may break too before it has everything.
+        self.ready, self.buffers_attached = former.ready, former.buffers_attached
         self.grad_scale, self.staleness, self.own_steps = former.grad_scale, former.staleness, former.own_steps
         self.sight, self.held = former.sight, former.held
         former.alive = False
