@@ -11,6 +11,7 @@ from typing import Final, Literal
 import torch
 
 from optimd.server.aggregation import Abandon, Commit, Skip, SyncAggregator, TimeOut, Worker
+from optimd.server.membership import Place
 from optimd.server.receipts import Receipt
 from optimd.server.staleness import AsyncAggregator
 
@@ -153,11 +154,12 @@ class Stream:
     alive: bool = True
     ready: bool = False
     newcomer: bool = False
-    """Whether it waits for the open step to be over, to be let in."""
+    """Whether it waits for the end of a step that its process is not in, to be let in or to be given parameters."""
     clogged: bool = False
     sending: bool = False
     """Whether it is being sent what it does not take."""
-    lag_is_moot: bool = False
+    place: Place = field(default_factory=lambda: Place(0, 0.0))
+    """Its process's place in the job, once it is in it."""
     push: Push | None = None
     waits_since: float = 0.0
     inbox: list[Message] = field(default_factory=list)

@@ -478,8 +478,8 @@ def test_a_worker_that_pushes_will_not_have_to_wait_for_those_left_behind() -> N
     assert aggregator.will_be_released(A)
 
 
-def test_when_only_workers_that_were_left_behind_remain_the_slowest_of_them_counts() -> None:
-    """A newcomer starts with its clock."""
+def test_the_slowest_clock_never_goes_back_though_only_workers_that_were_left_behind_remain() -> None:
+    """A newcomer starts with it, and so do they when they show themselves."""
     aggregator = joined(A, B, max_staleness=0, timeout_s=10.0)
     push(aggregator, A)
     push(aggregator, B)
@@ -490,6 +490,46 @@ def test_when_only_workers_that_were_left_behind_remain_the_slowest_of_them_coun
     aggregator.join(C)
     aggregator.begin(B, 2)
     assert [aggregator.lag(worker) for worker in (B, C)] == [0, 0]
+    assert released(push(aggregator, C)) == []
+    assert released(aggregator.end(B)) == [B, C]
+
+
+def test_lag_does_not_count_from_a_worker_that_was_left_behind_though_only_such_remain() -> None:
+    """They are all behind the slowest clock that there was."""
+    aggregator = joined(A, B, C, max_staleness=1, timeout_s=10.0)
+    push(aggregator, B)
+    for start in (0.0, 10.0):
+        while not aggregator.is_waiting(A):
+            push(aggregator, A)
+        for now in (start, start + 10.0):
+            aggregator.tick(now)
+    assert aggregator.lag(A) == 0
+    aggregator.leave(A)
+    assert [aggregator.lag(worker) for worker in (B, C)] == [0, 0]
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_a_worker_left_behind_knows_whether_it_will_have_to_wait(bound: int) -> None:
+    """It is given the slowest clock with the end of its push, and is a push ahead of that then."""
+    aggregator = joined(A, B, max_staleness=bound, streaming=True, timeout_s=10.0)
+    aggregator.begin(B, 0)
+    for _ in range(bound + 1):
+        push(aggregator, A)
+    for now in (0.0, 10.0):
+        aggregator.tick(now)
+    assert aggregator.lag(A) == 0
+    assert aggregator.will_be_released(B) == (bound > 0)
+    aggregator.end(B)
+    assert aggregator.is_waiting(B) == (bound == 0)
+
+
+def test_nobody_from_outside_waits_for_asynchronous_steps() -> None:
+    """Time does nothing to pushes that are under way."""
+    aggregator = joined(A, B, max_staleness=0, timeout_s=10.0)
+    aggregator.begin(A, 0)
+    for now in (0.0, 10.0, 100.0):
+        assert aggregator.tick(now, waited_for=True) == []
+    assert aggregator.has_begun(A)
 
 
 # --- on random schedules
@@ -519,6 +559,7 @@ class Simulation:
         self.clocks: dict[Worker, int] = {}
         self.left_behind: set[Worker] = set()
         self.has_left_behind = False
+        self.floor = 0
         self.open: dict[Worker, set[int]] = {}
         """The buckets that each push under way has brought."""
         self.waiting: dict[Worker, float] = {}
@@ -528,9 +569,8 @@ class Simulation:
 
     @property
     def slowest(self) -> int:
-        """The clock that others are measured by: of those that are left behind only where there are no others."""
-        awaited = [self.clocks[worker] for worker in self.clocks.keys() - self.left_behind]
-        return min(awaited or self.clocks.values(), default=0)
+        """The clock that others are measured by: the last one, where all remaining workers are left behind."""
+        return min((self.clocks[worker] for worker in self.clocks.keys() - self.left_behind), default=self.floor)
 
     def lag(self, worker: Worker) -> int:
         """How far a worker is ahead."""
@@ -602,6 +642,8 @@ class Simulation:
         self.steps += sum(isinstance(item, Commit) for item in decisions)
         for freed in released(decisions):
             del self.waiting[freed]
+        assert self.slowest >= self.floor
+        self.floor = self.slowest
         # The time is told whenever something has happened.
         assert self.aggregator.tick(self.now) == []
         return Outcome(kind, worker, decisions, waited)
@@ -758,10 +800,10 @@ def test_whoever_does_its_part_is_released_without_any_help_of_time(schedule: li
 
 @on_random_schedules
 def test_a_worker_knows_whether_it_will_have_to_wait(simulation: Simulation, outcome: Outcome) -> None:
-    """As things stand while it pushes."""
-    for worker in simulation.open.keys() - simulation.left_behind:
+    """As things stand while it pushes. One that was left behind is given the slowest clock first."""
+    for worker in simulation.open:
         clocks = {other: simulation.clocks[other] for other in simulation.clocks.keys() - simulation.left_behind}
-        clocks[worker] += 1
+        clocks[worker] = max(simulation.clocks[worker], simulation.slowest) + 1
         will = simulation.bound is None or clocks[worker] - min(clocks.values()) <= simulation.bound
         assert simulation.aggregator.will_be_released(worker) == will
 

@@ -381,7 +381,7 @@ class SyncAggregator:
                 self._pushed[bucket_id] = others
                 continue
             del self._pushed[bucket_id]
-            for other in others:
+            for other in sorted(others):
                 self._owed.setdefault(other, set()).add(bucket_id)
                 self._ended.discard(other)
                 # Whoever waits does so for pushes that have to be made again.

@@ -134,12 +134,6 @@ class Membership:
         if place is not None:
             place.heard_s = now
 
-    def sending(self, worker: Worker, since: float | None) -> None:
-        """Since when a process has taken nothing of what it is being sent; None where it has. As `heard`."""
-        place = self._places.get(worker)
-        if place is not None:
-            place.sending_since_s = since
-
     def leave(self, worker: Worker) -> None:
         """A process is not in the job any more. Unknown ones are ignored."""
         self._places.pop(worker, None)
