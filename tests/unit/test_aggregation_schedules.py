@@ -233,9 +233,13 @@ class Simulation:
 
     def may_join(self, worker: Worker) -> bool:
         """Whether a worker would not disturb the open step."""
-        return not self.step.begun or any(
-            _same_place(worker, other) and (worker == other or other not in self.step.ended) for other in self.absent
-        )
+        place = self.kept_place(worker)
+        return not self.step.begun or any(worker == other or other not in self.step.ended for other in place)
+
+    def kept_place(self, worker: Worker) -> set[Worker]:
+        """The place that a worker would fill: its own, or else one of its rank."""
+        own = {other for other in self.absent if other.worker_id == worker.worker_id}
+        return own or {other for other in self.absent if other.rank == worker.rank}
 
     def _is_complete(self) -> bool:
         awaited, ended, rules = self.awaited, self.step.ended, self.rules
@@ -248,7 +252,7 @@ class Simulation:
         step = self.step
         match kind:
             case "join":
-                replaced = {other for other in self.absent if _same_place(worker, other)}
+                replaced = self.kept_place(worker)
                 self.absent -= replaced
                 self.live.add(worker)
                 self.base_steps[worker] = self.commits

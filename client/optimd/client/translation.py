@@ -30,6 +30,7 @@ EXCEPTION_OF_REASON: Final[dict[str, type[exceptions.OptimdError]]] = {
     "ACCUMULATION_LOST": exceptions.AccumulationLostError,
     "NONFINITE_GRADIENT": exceptions.NonFiniteGradientError,
     "SUPERSEDED": exceptions.SupersededError,
+    "LEASE_ENDED": exceptions.ConnectionLostError,
 }
 """The exception that each reason is raised as."""
 

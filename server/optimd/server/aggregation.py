@@ -184,6 +184,10 @@ class SyncAggregator:
         """Whether a worker's push of the open step is complete."""
         return worker in self._ended
 
+    def is_awaited_absent(self, worker: Worker) -> bool:
+        """Whether the place of a lost worker is kept that this one would fill."""
+        return self._kept_place(worker) is not None
+
     def holds(self, worker: Worker, bucket_id: int) -> bool:
         """Whether a worker's part of a bucket is in the open step already."""
         return worker in self._ended or worker in self._pushed.get(bucket_id, ())
@@ -204,9 +208,8 @@ class SyncAggregator:
 
     def may_join(self, worker: Worker) -> bool:
         """Whether a worker may join now: between two steps, or in the place of one that the open step waits for."""
-        return not self._begun or any(
-            _same_place(worker, absent) and (absent == worker or absent not in self._ended) for absent in self._absent
-        )
+        place = self._kept_place(worker)
+        return not self._begun or (place is not None and (place == worker or place not in self._ended))
 
     def join(self, worker: Worker) -> list[Decision]:
         """Lets a worker in, where it may join.
@@ -217,10 +220,11 @@ class SyncAggregator:
             raise RuntimeError(f"{worker} may not join in the middle of a step")
         begun = set(self._begun)
         decisions: list[Decision] = []
-        for absent in [absent for absent in self._absent if _same_place(worker, absent)]:
-            self._absent.discard(absent)
-            if absent != worker and absent in self._begun - self._ended:
-                decisions += self._discard(absent)
+        place = self._kept_place(worker)
+        if place is not None:
+            self._absent.discard(place)
+            if place != worker and place in self._begun - self._ended:
+                decisions += self._discard(place)
         self._live.add(worker)
         needed = 1 if self.world_size is None else self.world_size
         self._formed = self._formed or len(self._live | self._absent) >= needed
@@ -306,6 +310,14 @@ class SyncAggregator:
             self._skipped.add(worker)
         return self._advance()
 
+    def withdraw(self, worker: Worker) -> list[Decision]:
+        """What has come of a worker's push does not count: its predecessor's, say. Not where steps are streamed."""
+        if not self._is_pushing(worker) or self.streaming:
+            raise RuntimeError(f"{worker} cannot withdraw what it has pushed")
+        decisions = self._discard(worker)
+        self._begun.add(worker)
+        return decisions
+
     def retract(self, worker: Worker) -> list[Decision]:
         """A worker takes back a push of which it has brought no bucket yet."""
         if not self._is_pushing(worker) or any(worker in pushed for pushed in self._pushed.values()):
@@ -355,6 +367,12 @@ class SyncAggregator:
 
     def _awaited(self) -> set[Worker]:
         return (self._live - self._left_behind) | self._absent
+
+    def _kept_place(self, worker: Worker) -> Worker | None:
+        """The place that a worker would fill: its own, else one of its rank. The others may come back too."""
+        places = [absent for absent in self._absent if absent.worker_id == worker.worker_id]
+        places += sorted(absent for absent in self._absent if absent.rank == worker.rank)
+        return places[0] if places else None
 
     def _is_pushing(self, worker: Worker) -> bool:
         return worker in self._live and worker in self._begun - self._ended - self._torn
@@ -461,7 +479,3 @@ class SyncAggregator:
         self._applied.clear()
         self._owed.clear()
         self._waited_since = None
-
-
-def _same_place(one: Worker, other: Worker) -> bool:
-    return one.worker_id == other.worker_id or one.rank == other.rank

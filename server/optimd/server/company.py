@@ -12,6 +12,7 @@ from typing import Final
 from optimd.server.aggregation import Worker
 from optimd.server.errors import (
     JobDeletedError,
+    LeaseEndedError,
     LimitExceededError,
     OutOfOrderError,
     StepTimeoutError,
@@ -122,6 +123,8 @@ class Company:
                 f"another process has taken worker_id {member.worker.worker_id!r} of job {self._job!r}; this one is "
                 "not in the job any more"
             )
+        if member.lapsed:
+            raise LeaseEndedError(f"nothing was heard of rank {member.worker.rank} for as long as its lease")
         if not member.alive:
             raise OutOfOrderError("the worker has left the job")
 
@@ -160,6 +163,12 @@ class Company:
             self.check_alive(member)
             if picks_rank:
                 member.worker = Worker(self.free_rank(member.worker.worker_id), member.worker.worker_id)
+                size = self._settings.world_size
+                if size is not None and member.worker.rank >= size:
+                    raise WorkerInUseError(
+                        f"job {self._job!r} has all of its {size} workers; give this one the rank of another with "
+                        "ProxyOptions(rank=...), or a larger world_size to all of them"
+                    )
             claim = self.membership.claim(
                 member.worker, member.incarnation, now=time.monotonic(), since=since, returns=returns
             )
@@ -245,9 +254,14 @@ class Company:
         if self._settings.is_async:
             self.bringing = member
             try:
-                self.wait(member, lambda: not self._others_occupied(member), self._settings.join_timeout_s)
+                self.wait(
+                    member,
+                    lambda: not self._others_occupied(member) and not self._aggregator.is_open,
+                    self._settings.join_timeout_s,
+                )
             finally:
-                self.bringing = None
+                if self.bringing is member:
+                    self.bringing = None
             return
         self.wait(
             member,

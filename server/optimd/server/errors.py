@@ -12,6 +12,7 @@
         ├── JobDeletedError       JOB_DELETED
         ├── WorkerInUseError      WORKER_IN_USE     a live worker has that id or rank
         ├── SupersededError       SUPERSEDED        another process has that id since
+        ├── LeaseEndedError       LEASE_ENDED       nothing was heard of the worker for too long
         ├── LimitExceededError    LIMIT_EXCEEDED
         ├── StepTimeoutError      STEP_TIMEOUT      others did not come in time
         ├── LoadNeedsForceError   LOAD_NEEDS_FORCE
@@ -108,6 +109,12 @@ class SupersededError(RequestError):
     """Another process has taken the worker's id."""
 
     reason = "SUPERSEDED"
+
+
+class LeaseEndedError(RequestError):
+    """Nothing was heard of the worker for as long as its lease. It may come back."""
+
+    reason = "LEASE_ENDED"
 
 
 class LimitExceededError(RequestError):

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +25,12 @@ from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
 from optimd.server.errors import LimitExceededError
-from optimd.server.member import Member, WorkerRecord
+from optimd.server.member import Former, Member, Standing, WorkerRecord
 from optimd.server.parts import JobParts
 from optimd.server.policies import aggregator_for
 from optimd.server.pulling import Pulling
 from optimd.server.pushing import Pushing
 from optimd.server.readers import Readers, ReadHold
-from optimd.server.receipts import Receipt
 from optimd.server.settings import JobSettings
 from optimd.server.staleness import AsyncAggregator
 from optimd.server.store import Store
@@ -40,22 +38,6 @@ from optimd.server.watching import StepHistory
 from optimd.wire.layout import Bucket, Parameter
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where a job and one of its workers stand between two steps."""
-
-    job_step: int
-    """How many steps are committed."""
-    next_sequence: int
-    """The number of the worker's next push."""
-    load_count: int
-    """How often a state_dict has been loaded."""
-    layout_count: int
-    """How often the parameters have been replaced."""
-    receipt: Receipt | None
-    """What became of the worker's last push."""
 
 
 class Job:
@@ -156,6 +138,11 @@ class Job:
         """How many workers are in the job. Does not wait for a step that is being applied."""
         return len(self._company.members)
 
+    def has_workers_besides(self, worker_id: str) -> bool:
+        """Whether a worker is in the job that one of this id would not displace. Does not wait for the lock."""
+        members = tuple(self._company.members.items())
+        return any(worker.worker_id != worker_id or member.alive for worker, member in members)
+
     @property
     def has_connected_workers(self) -> bool:
         """Whether a worker whose line is up is in the job. Does not wait, not even for the lock."""
@@ -237,7 +224,7 @@ class Job:
                 displaced = self._company.await_place(member, since=since, returns=returns, picks_rank=picks_rank)
                 if displaced is None:
                     former = self._company.members[member.worker]
-                    if former.ready:
+                    if former.holds_place:
                         check()
                         return self._resume_locked(former, member, base_step)
                     displaced = [member.worker]
@@ -257,23 +244,17 @@ class Job:
         """The worker has all parameters, as of `step`, those of the buckets that it has brought among them.
 
         Returns:
-            Where the job and the worker stand.
+            Where the job and the worker stand; of one that has returned with everything, where they stood then. What
+            has happened since it is told with its next push.
         """
         with self._changed:
-            member.ready = True
+            standing = self._standing_locked(member, step) if member.returned is None else member.returned
+            member.returned = None
+            member.ready = member.holds_place = True
             for bucket in brought:
                 self.pulling.see_locked(member, bucket.bucket_id)
             self._changed.notify_all()
-            record = self._company.record(member.worker.worker_id)
-            if record.receipt is not None and self.settings.is_async:
-                record.receipt = dataclasses.replace(record.receipt, lag=self._aggregator.lag(member.worker))
-            return Standing(
-                job_step=step,
-                next_sequence=record.next_sequence,
-                load_count=self._content.load_count,
-                layout_count=self._content.layout_count,
-                receipt=record.receipt,
-            )
+            return standing
 
     def hear(self, worker_id: str, incarnation: int) -> bool:
         """A worker is alive. Returns whether it is in the job. Does not wait, not even for the lock."""
@@ -293,7 +274,7 @@ class Job:
             self.bringing.take_back_locked(member)
             if self._company.members.get(member.worker) is member:
                 self.buffers.disconnect_locked(member)
-                if member.ready:
+                if member.holds_place:
                     self._company.membership.disconnect(member.worker)
                 else:
                     self._remove_locked(member.worker)
@@ -320,9 +301,14 @@ class Job:
             now: The time, in seconds, as `time.monotonic` tells it.
         """
         with self._changed:
-            for worker in self._company.membership.lapsed(now):
-                _log.warning("job %s: rank %d (%s) was lost: its lease has ended", self.name, *worker)
-                self._remove_locked(worker, lost=True, ends_stream=True)
+            while True:
+                # First: one that was about to lapse may come back while readers are waited for, without the lock.
+                self._readers.wait()
+                lapsed = self._company.membership.lapsed(max(now, time.monotonic()))
+                if not lapsed:
+                    break
+                _log.warning("job %s: rank %d (%s) was lost: its lease has ended", self.name, *lapsed[0])
+                self._remove_locked(lapsed[0], lost=True, lapsed=True, ends_stream=True)
             waited_for = self._company.newcomers > 0
             if self._aggregator.is_timed or waited_for:
                 self._readers.wait()
@@ -439,8 +425,9 @@ class Job:
         # The same process, back after its lease had ended, says what it said.
         returns = former is not None and former.incarnation == member.incarnation
         member.speaks = creates or (returns and former is not None and former.speaks)
-        if returns and former is not None and len(former.groups) == len(self.groups):
+        if returns and former is not None and len(former.groups) <= len(self.groups):
             member.groups = former.groups
+        member.holds_place = self._aggregator.is_awaited_absent(worker)
         try:
             self.pushing.settle_locked(self._aggregator.join(worker), worker)
         finally:
@@ -460,34 +447,57 @@ class Job:
             # It is given no parameters before it would have been on its old line.
             waits = self._aggregator
             self._company.wait(member, lambda: not waits.is_waiting(member.worker), None)
-        return base_step == self.step
+        is_current = base_step == self.step and not self.pulling.unseen_locked(member)
+        if is_current:
+            member.returned = self._standing_locked(member, self.step)
+        return is_current
+
+    def _standing_locked(self, member: Member, step: int) -> Standing:
+        record = self._company.record(member.worker.worker_id)
+        if record.receipt is not None and self.settings.is_async:
+            record.receipt = dataclasses.replace(record.receipt, lag=self._aggregator.lag(member.worker))
+        return Standing(
+            job_step=step,
+            next_sequence=record.next_sequence,
+            load_count=self._content.load_count,
+            layout_count=self._content.layout_count,
+            receipt=record.receipt,
+        )
 
     def _remove_locked(
-        self, worker: Worker, *, lost: bool = False, superseded: bool = False, ends_stream: bool = False
+        self,
+        worker: Worker,
+        *,
+        lost: bool = False,
+        lapsed: bool = False,
+        superseded: bool = False,
+        ends_stream: bool = False,
     ) -> None:
         """Takes a worker out of the job, and settles what that leads to. Waits for readers: gives up the lock.
 
         Args:
             worker: The worker; nothing happens if it is not in the job.
-            lost: Whether its lease has ended, or another process has taken its place: its place may be kept.
+            lost: Whether it has not left by itself: its place may be kept.
+            lapsed: Whether that is because its lease has ended.
             superseded: Whether another process has taken its id.
             ends_stream: Whether its stream has to be ended too.
         """
         member = self._company.members.get(worker)
         if member is None:
             return
-        member.alive, member.superseded = False, superseded
         self._readers.wait()
         # Again: readers are waited for without the lock, and a worker's end is heard of in several threads.
         if self._company.members.get(worker) is not member:
             return
+        member.alive, member.superseded, member.lapsed = False, superseded, lapsed
         self.bringing.take_back_locked(member)
         self.buffers.leave_locked(member)
-        stays = lost and member.ready and self.settings.on_loss == "wait"
+        stays = lost and member.holds_place and self.settings.on_loss == "wait"
         if not stays:
             self.pushing.forget_content_locked(worker)
         if lost and not superseded:
-            self._company.record(worker.worker_id).former = member
+            former = Former(member.incarnation, member.groups, member.speaks)
+            self._company.record(worker.worker_id).former = former
         self._company.membership.leave(worker)
         leave = self._aggregator.lose if stays else self._aggregator.leave
         try:

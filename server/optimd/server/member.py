@@ -63,11 +63,15 @@ class HeldGradients:
             self._given.add(bucket.bucket_id)
         return held.present, held.packed()
 
-    def rest(self) -> Iterator[tuple[int, list[bool], torch.Tensor]]:
-        """What is held of buckets that `take` has not been asked for: id, slices and their gradients."""
+    def rest(self, is_pushed: Callable[[int], bool] | None = None) -> Iterator[tuple[int, list[bool], torch.Tensor]]:
+        """What is held of buckets that are not pushed yet: id, slices and their gradients.
+
+        Which are, `is_pushed` says; without it, those that `take` was asked for and those that this has given.
+        """
+        is_pushed = is_pushed or self._given.__contains__
         for bucket_id in sorted(self._sums):
             held = self._sums[bucket_id]
-            if bucket_id not in self._given and not held.is_empty:
+            if not is_pushed(bucket_id) and not held.is_empty:
                 self._given.add(bucket_id)
                 yield bucket_id, held.present, held.packed()
 
@@ -88,6 +92,10 @@ class HeldGradients:
         for held in self._sums.values():
             held.clear()
 
+    def keep(self) -> None:
+        """The push is to be made again: what it was given is still held."""
+        self.spent = False
+
     def settle(self) -> None:
         """A push is over: what it has used up is of no use any more, whatever became of it."""
         if self.spent or self._given:
@@ -101,6 +109,22 @@ class HeldGradients:
         self._sums.clear()
         self._added.clear()
         self._given.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a job and one of its workers stand between two steps."""
+
+    job_step: int
+    """How many steps are committed."""
+    next_sequence: int
+    """The number of the worker's next push."""
+    load_count: int
+    """How often a state_dict has been loaded."""
+    layout_count: int
+    """How often the parameters have been replaced."""
+    receipt: Receipt | None
+    """What became of the worker's last push."""
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +151,10 @@ class Member:
     """Whether it may go on: its line is up, and nobody has taken its place."""
     superseded: bool = False
     """Whether another process has taken its `worker_id`."""
+    lapsed: bool = False
+    """Whether its lease has ended."""
+    holds_place: bool = False
+    """Whether it is awaited though its line may break: from its first JobReady on, or where it fills a kept place."""
     buffers_attached: bool = False
     bytes_received: int = 0
     bytes_sent: int = 0
@@ -142,6 +170,8 @@ class Member:
     """What it has had accumulated."""
     place: Place = field(default_factory=lambda: Place(0, 0.0))
     """Its place in the job, once it is in it. Its stream notes there, without the lock, when it hears of it."""
+    returned: Standing | None = None
+    """Where it stood when it came back with everything, until it is told."""
     cancel: Callable[[], object] = lambda: None
     """Ends its stream. May be called from any thread, and more than once."""
 
@@ -159,11 +189,20 @@ class Member:
         """The same process was `former` on a stream that broke: what it had given and seen is this one's."""
         self.worker = former.worker
         self.groups, self.speaks, self.unchecked = former.groups, former.speaks, True
-        # It keeps its place though this line may break too before it has everything.
-        self.ready, self.buffers_attached = former.ready, former.buffers_attached
+        self.holds_place, self.steppable = True, former.steppable
+        self.buffers_attached = former.buffers_attached
         self.grad_scale, self.staleness, self.own_steps = former.grad_scale, former.staleness, former.own_steps
         self.sight, self.held = former.sight, former.held
         former.alive = False
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What is kept of a process that was lost."""
+
+    incarnation: int
+    groups: list[dict[str, Any]]
+    speaks: bool
 
 
 @dataclass(slots=True)
@@ -179,7 +218,7 @@ class WorkerRecord:
     """What became of its last push."""
     rank: int | None = None
     """The last that it had."""
-    former: Member | None = None
+    former: Former | None = None
     """Its last process, where that was lost: it may come back."""
 
 

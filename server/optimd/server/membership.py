@@ -46,8 +46,9 @@ class Place:
 
     def lapses_at(self, lease_s: float) -> float:
         """When its lease ends if nothing more is heard of it, and if it takes nothing more."""
-        heard = self.heard_s if self.sending_since_s is None else min(self.heard_s, self.sending_since_s)
-        return heard + lease_s
+        # Read once: its stream writes it meanwhile.
+        since = self.sending_since_s
+        return (self.heard_s if since is None else min(self.heard_s, since)) + lease_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,14 +155,7 @@ class Pulling:
         with self._changed:
             self._job.company.check_alive(member)
             while not catch_up.queue:
-                known = (bucket.bucket_id for bucket in self._job.content.store.buckets)
-                if self._job.settings.is_async:
-                    known = (
-                        bucket.bucket_id
-                        for bucket in self._job.content.store.buckets
-                        if bucket.group < len(member.groups) and bucket.bucket_id not in catch_up.sent
-                    )
-                unseen = member.sight.unseen(self._pushing.changes, known)
+                unseen = [number for number in self.unseen_locked(member) if number not in catch_up.sent]
                 if self._job.settings.is_async and catch_up.passes:
                     unseen = []
                 if not unseen:
@@ -186,10 +179,16 @@ class Pulling:
         if unmoved and self._stands_still:
             return self._job.content.store.read(PARAMETER, bucket, present)
         with self._changed:
+            self._job.company.check_alive(member)
             self.see_locked(member, bucket.bucket_id)
             # Copies: what is sent is read without the lock.
             views = self._job.content.store.read(PARAMETER, bucket, present)
             return [memoryview(bytes(view)) for view in views]
+
+    def unseen_locked(self, member: Member) -> list[int]:
+        """The buckets of the groups that a worker knows that are new to it. With the job's lock held."""
+        known = (bucket.bucket_id for bucket in self._job.content.store.buckets if bucket.group < len(member.groups))
+        return member.sight.unseen(self._pushing.changes, known)
 
     def see_locked(self, member: Member, bucket_id: int) -> None:
         """A worker is about to be sent a bucket as it is now. With the job's lock held."""

@@ -94,7 +94,7 @@ def _serve_begun(incoming: Incoming, job: Job, push: OpenPush, begin: training_p
             yield encode(training_pb2.TrainResponse(push_again=again))
     except ANSWERABLE as error:
         # Found out before anything was applied: a push of the same number is due again.
-        job.pushing.refuse(push.member)
+        job.pushing.refuse(push.member, keeps=isinstance(error, StepTimeoutError))
         yield refusal(error)
         return
     catch_up = job.pulling.catch_up_of(push)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -110,7 +111,7 @@ class Pushing:
             resumes = self._job.aggregator.has_begun(member.worker)
             if not resumes:
                 self._await_turn_locked(member)
-            if self._draining and not resumes:
+            if self._draining and not resumes and not self._job.aggregator.is_open:
                 raise ShuttingDownError("the server is shutting down")
             if base_step > self._job.aggregator.step:
                 raise OutOfOrderError(
@@ -126,10 +127,11 @@ class Pushing:
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
                     "compute the gradients again"
                 )
+            # Also of one that takes up its predecessor's push: it is another process.
+            self._check_options_locked(member, steppable=steppable or member.held.nbytes > 0)
+            member.grad_scale = grad_scale
             if not resumes:
-                self._check_options_locked(member, steppable=steppable or member.held.nbytes > 0)
                 member.staleness = 0
-                member.grad_scale = grad_scale
             if resumes or self._job.aggregator.begin(member.worker, base_step):
                 push.round = stepper.open_round()
             member.occupied = True
@@ -164,6 +166,7 @@ class Pushing:
     def retract(self, push: OpenPush) -> None:
         """A worker takes back a push of which it has brought no gradient yet."""
         with self._changed:
+            self._job.company.check_alive(push.member)
             worker, aggregator = push.member.worker, self._job.aggregator
             # One that was resumed may have brought some on the stream before: it stays as it is.
             brought = any(aggregator.holds(worker, bucket.bucket_id) for bucket in push.store.buckets)
@@ -219,16 +222,28 @@ class Pushing:
             if not self.takes_locked(push) or self._job.aggregator.has_ended(member.worker):
                 return
             if not skipped:
-                for bucket_id, present, payload in list(member.held.rest()):
+                aggregator = self._job.aggregator
+                for bucket_id, present, payload in list(member.held.rest(partial(aggregator.holds, member.worker))):
                     self._contribute_locked(push, push.store.buckets[bucket_id], present, payload)
                 self.push_held_again_locked(push)
+            elif any(self._job.aggregator.holds(member.worker, bucket.bucket_id) for bucket in push.store.buckets):
+                # Its predecessor's: this one has found the gradients infinite.
+                self.settle_locked(self._job.aggregator.withdraw(member.worker), member.worker)
             member.held.spend()
             self.settle_locked(self._job.aggregator.end(member.worker, skipped=skipped), member.worker)
 
-    def refuse(self, member: Member) -> None:
-        """A worker's push is over without a receipt: what it has used up of held gradients is of no use any more."""
+    def refuse(self, member: Member, *, keeps: bool) -> None:
+        """A worker's push is over without a receipt.
+
+        Args:
+            member: The worker.
+            keeps: Whether the same push is to be made again. Else what it has used up of held gradients is lost.
+        """
         with self._changed:
-            member.held.settle()
+            if keeps:
+                member.held.keep()
+            else:
+                member.held.settle()
 
     def finished(self, member: Member) -> None:
         """A worker's push or accumulation is over, and all of its answers are out. May be called more than once."""
@@ -299,14 +314,21 @@ class Pushing:
         company, job = self._job.company, self._job
 
         def may_begin() -> bool:
-            overtakes = company.newcomers and not job.aggregator.is_open
-            return not overtakes and (not job.settings.is_async or job.readers.may_push)
+            return not company.newcomers or job.aggregator.is_open
 
+        if job.settings.is_async and not job.readers.may_push:
+            # Those that wait to read have one turn; then, as before any change, who takes nothing is let go.
+            turns = job.readers.entered
+            company.wait(
+                member,
+                lambda: not job.readers.queued or job.readers.entered > turns,
+                job.settings.join_timeout_s,
+                lambda: "somebody waits to read the job",
+            )
+            job.readers.wait()
         company.await_all(member)
         while not may_begin():
-            company.wait(
-                member, may_begin, job.settings.join_timeout_s, lambda: "a worker is joining, or somebody reads the job"
-            )
+            company.wait(member, may_begin, job.settings.join_timeout_s, lambda: "a worker is joining")
             company.await_all(member)
 
     def takes_locked(self, push: OpenPush) -> bool:

@@ -46,6 +46,8 @@ class Readers:
         self._waiting = 0
         self.queued = 0
         """How many wait for pushes that are under way."""
+        self.entered = 0
+        """How many have started so far."""
 
     @property
     def may_enter(self) -> bool:
@@ -60,6 +62,7 @@ class Readers:
     def enter(self, hold: ReadHold) -> None:
         """A reader starts."""
         self._holds.add(hold)
+        self.entered += 1
 
     def leave(self, hold: ReadHold) -> None:
         """A reader is done, or does not wait any more. May be called more than once."""

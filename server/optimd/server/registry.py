@@ -187,7 +187,7 @@ class JobRegistry:
         with self._lock:
             job = self._jobs.get(opening.job)
             if job is not None and job.phase is not JobPhase.CREATING:
-                occupied = job.has_connected_workers
+                occupied = job.has_workers_besides(opening.worker_id)
                 forming = occupied and job.step == 0
                 fresh = opening.returns_at_step is None
                 if opening.on_existing == job_pb2.ON_EXISTING_FAIL and not forming and fresh:
@@ -227,9 +227,13 @@ def _check_match(job: Job, opening: Opening, layout: WorkerLayout) -> None:
         ours, theirs = getattr(job.settings, setting.name), getattr(opening.settings, setting.name)
         if ours != theirs and setting.name not in _CREATORS_CHOICE:
             raise JobMismatchError(f"job {job.name!r} has {setting.name} {ours}, {_who(opening)} asks for {theirs}")
-    difference = first_difference(job.group_parameters(0), list(enumerate(layout.parameters)))
+    # While a worker's line was down, others may have added groups: it will come to that.
+    returns = opening.returns_at_step is not None
+    parameters = list(enumerate(layout.parameters))
+    difference = first_difference(job.group_parameters(0)[: len(parameters) if returns else None], parameters)
     if difference is None:
-        difference = _first_group_difference(job.group_sizes, layout.sizes)
+        sizes = list(job.group_sizes)
+        difference = _first_group_difference(sizes[: len(layout.sizes) if returns else None], layout.sizes)
     if difference is not None:
         raise JobMismatchError(f"{_who(opening)} does not match job {job.name!r}: {difference}")
 

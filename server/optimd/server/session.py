@@ -182,10 +182,17 @@ class TrainSession:
         if entry.creates:
             buckets = job.bringing.grow(member, layout.groups, layout.sizes, layout.parameters)
         else:
-            buckets = list(job.store.buckets)
+            buckets = [bucket for bucket in job.store.buckets if bucket.group < len(layout.groups)]
         resumed = not entry.creates and not returns and job.step > 0
         yield from self._exchange_values(
-            job, member, buckets, creates=entry.creates, resumed=resumed, joins=True, tells=returns
+            job,
+            member,
+            buckets,
+            creates=entry.creates,
+            resumed=resumed,
+            group_count=len(layout.groups),
+            joins=True,
+            tells=returns,
         )
         return job, member
 

@@ -83,6 +83,10 @@ class AsyncAggregator:
         """Never: a complete push is committed."""
         return False
 
+    def is_awaited_absent(self, _worker: Worker) -> bool:
+        """Never: no place is kept."""
+        return False
+
     def holds(self, worker: Worker, bucket_id: int) -> bool:
         """Whether a bucket of the worker's push is there already."""
         push = self._open.get(worker)
@@ -203,6 +207,10 @@ class AsyncAggregator:
         self._clocks[worker] += 1
         self._waiting[worker] = None
         return decisions + self._release()
+
+    def withdraw(self, worker: Worker) -> list[Decision]:
+        """Not of a push that is applied as it comes, and nobody takes up another's."""
+        raise RuntimeError(f"{worker} cannot withdraw what it has pushed")
 
     def retract(self, worker: Worker) -> list[Decision]:
         """A worker takes back a push of which it has brought no bucket yet."""

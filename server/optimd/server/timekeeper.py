@@ -46,12 +46,18 @@ class TimeKeeper:
 
     def _keep(self) -> None:
         while not self._stopped.wait(self._period_s):
-            for job in self._registry.due(time.monotonic()):
-                with self._lock:
-                    if job in self._busy:
-                        continue
-                    self._busy.add(job)
-                threading.Thread(target=self._tick, args=(job,), name="optimd-tick", daemon=True).start()
+            try:
+                self._look()
+            except Exception:  # noqa: BLE001  # whatever it was, time goes on
+                _log.exception("the jobs could not be told of time")
+
+    def _look(self) -> None:
+        for job in self._registry.due(time.monotonic()):
+            with self._lock:
+                if job in self._busy:
+                    continue
+                self._busy.add(job)
+            threading.Thread(target=self._tick, args=(job,), name="optimd-tick", daemon=True).start()
 
     def _tick(self, job: Job) -> None:
         try:

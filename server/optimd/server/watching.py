@@ -131,7 +131,9 @@ def encode_step(step: CommittedStep, worker_id: str) -> reading_pb2.WatchStepsRe
         receipt=training_pb2.StepReceipt(
             sequence=own or 0,
             step=step.step,
-            outcome=training_pb2.STEP_OUTCOME_APPLIED,
+            outcome=training_pb2.STEP_OUTCOME_MERGED
+            if len(step.contributors) > 1
+            else training_pb2.STEP_OUTCOME_APPLIED,
             contributors=[part.rank for part in step.contributors],
             partial_contributors=step.partial_contributors,
             hyperparameters_disagreed=step.hyperparameters_disagreed,

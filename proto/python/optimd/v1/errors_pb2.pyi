@@ -26,6 +26,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_ACCUMULATION_LOST: _ClassVar[ErrorReason]
     ERROR_REASON_NONFINITE_GRADIENT: _ClassVar[ErrorReason]
     ERROR_REASON_SUPERSEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_LEASE_ENDED: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_INVALID_FIELD: ErrorReason
@@ -45,6 +46,7 @@ ERROR_REASON_JOB_DELETED: ErrorReason
 ERROR_REASON_ACCUMULATION_LOST: ErrorReason
 ERROR_REASON_NONFINITE_GRADIENT: ErrorReason
 ERROR_REASON_SUPERSEDED: ErrorReason
+ERROR_REASON_LEASE_ENDED: ErrorReason
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "field", "incident_id")

@@ -32,6 +32,7 @@ STATUS_OF_REASON: Final[dict[str, str]] = {
     "ACCUMULATION_LOST": "FAILED_PRECONDITION",
     "NONFINITE_GRADIENT": "INVALID_ARGUMENT",
     "SUPERSEDED": "ABORTED",
+    "LEASE_ENDED": "UNAVAILABLE",
 }
 """The gRPC status of each reason, by the schema's names without their prefix."""
 
