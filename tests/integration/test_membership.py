@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from optimd.client import (
+    AccumulationLostError,
     Adam,
     Async,
     ConfigurationError,
     JobDeletedError,
     LimitExceededError,
+    NonFiniteGradientError,
     ProxyOptions,
     StepReceipt,
     SupersededError,
@@ -459,7 +461,7 @@ def test_a_job_takes_no_more_workers_than_the_server_lets_it(server: Server) -> 
     [
         ({"aggregation": Sync(backup_workers=2), "rank": 0, "world_size": 2}, "must be less than world_size"),
         ({"aggregation": Sync(backup_workers=1), "world_size": "elastic"}, "must be less than world_size"),
-        ({"world_size": "elastic"}, "need a common name"),
+        ({"rank": 0, "world_size": 2}, "need a common name"),
         ({"world_size": "elastic", "aggregation": Sync(world_size=2)}, "differ"),
     ],
 )
@@ -484,3 +486,174 @@ def test_server_step_hooks_are_told_of_every_step_across_a_broken_line(quick_ser
                 relay.cut()
     assert relay.cuts >= 2
     assert told == [1, 2, 3, 4, 5, 6]
+
+
+# --- what a broken line must not do to what the worker has
+
+
+def asynchronous(name: str) -> ProxyOptions:
+    return ProxyOptions(rank=int(name[-1]), worker_id=name, aggregation=Async(), retry_timeout_s=20)
+
+
+def test_values_that_come_with_a_new_line_are_not_pushed_back_as_the_programs(
+    quick_server: Server, relay: Relay
+) -> None:
+    """Whichever call took the line up again: the others' progress would be undone. What the program wrote is kept."""
+    p, q = (nn.Parameter(torch.zeros(40)) for _ in range(2))
+    far = Adam([p], lr=0.5, server=relay.address, job="kept", options=asynchronous("w0"))
+    near = Adam([q], lr=0.5, server=quick_server.address, job="kept", options=asynchronous("w1"))
+
+    def others_go_on(steps: int) -> None:
+        for _ in range(steps):
+            q.grad = torch.ones(40)
+            near.step()
+
+    relay.cut()
+    others_go_on(5)
+    p.grad = torch.ones(40)
+    far.accumulate()
+    assert relay.cuts >= 1
+    assert (p < -2).all()
+    others_go_on(5)
+    far.step()
+    near.pull_parameters()
+    assert (q < -4.5).all()
+    assert torch.equal(p, q)
+    with torch.no_grad():
+        p.fill_(777.0)
+    relay.cut()
+    others_go_on(1)
+    p.grad = torch.ones(40)
+    far.accumulate()
+    assert (p == 777).all()
+    far.step()
+    assert (p > 770).all()
+    far.close()
+    near.close()
+
+
+def test_gradients_of_a_step_that_the_job_has_left_are_not_held_for_a_later_one(
+    quick_server: Server, relay: Relay
+) -> None:
+    """A synchronous push of them would be dropped as late; so are they, by name."""
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    far = Adam([parameters[0]], server=relay.address, job="old", options=options(0))
+    near = Adam([parameters[1]], server=quick_server.address, job="old", options=options(1))
+
+    def step(rank: int) -> None:
+        parameters[rank].grad = torch.ones(4)
+        (far, near)[rank].step()
+
+    in_threads(step, 2)
+    relay.hold()
+    step(1)
+    relay.cut()
+    relay.pass_on()
+    parameters[0].grad = torch.ones(4)
+    with pytest.raises(AccumulationLostError, match="the job went on to step 2"):
+        far.accumulate()
+    assert torch.equal(*parameters)
+    in_threads(step, 2)
+    assert receipt_of(far).contributors == (0, 1)
+    far.close()
+    near.close()
+
+
+def test_a_refused_step_and_then_a_broken_line_leave_a_worker_that_goes_on(relay: Relay) -> None:
+    """What it has told of its options is known to it still."""
+    p = nn.Parameter(torch.zeros(4))
+    asked = ProxyOptions(nonfinite="error", retry_timeout_s=20)
+    with Adam([p], lr=0.5, server=relay.address, options=asked) as optimizer:
+        p.grad = torch.full((4,), float("nan"))
+        with pytest.raises(NonFiniteGradientError):
+            optimizer.step()
+        relay.cut()
+        optimizer.param_groups[0]["lr"] = 0.25
+        p.grad = torch.ones(4)
+        optimizer.step()
+        assert torch.allclose(p, torch.full((4,), -0.25))
+
+
+@pytest.mark.parametrize("messages", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("call", ["add", "load", "replace", "attach", "read"])
+def test_a_line_that_breaks_in_the_middle_of_any_call_leaves_that_call_done(
+    quick_server: Server, relay: Relay, monkeypatch: pytest.MonkeyPatch, call: str, messages: int
+) -> None:
+    """After as many messages of the server's. What was begun is taken back or found to be there, and made anew."""
+    from optimd.client.connection import TrainStream
+
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(5))
+    module = nn.BatchNorm1d(2)
+    with Adam([p], lr=0.5, server=relay.address, options=ProxyOptions(retry_timeout_s=20)) as optimizer:
+        p.grad = torch.ones(3)
+        optimizer.step()
+        state = optimizer.state_dict()
+        state["param_groups"][0]["lr"] = 0.25
+        received, original = [0], TrainStream.receive
+
+        def cutting(stream: TrainStream) -> Any:
+            message = original(stream)
+            received[0] += 1
+            if received[0] == messages:
+                relay.cut()
+            return message
+
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainStream, "receive", cutting)
+            match call:
+                case "add":
+                    optimizer.add_param_group({"params": [q], "lr": 0.125})
+                case "load":
+                    optimizer.load_state_dict(state)
+                case "replace":
+                    optimizer.param_groups[0]["params"] = [q]
+                    q.grad = torch.ones(5)
+                    optimizer.step()
+                case "attach":
+                    optimizer.attach_buffers(module)
+                case "read":
+                    relay.cut()
+                    assert optimizer.state_dict()["state"][0]["step"] == 1
+        for parameter in (p, q):
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == (0.25 if call == "load" else 0.5)
+        if call == "load":
+            assert torch.allclose(p, torch.full((3,), -0.75))
+        if call == "add":
+            assert torch.allclose(q, torch.full((5,), 0.875))
+        if call == "replace":
+            assert torch.allclose(q, torch.zeros(5), atol=1e-6)
+
+
+def test_a_successor_in_a_half_push_has_its_gradients_unscaled(quick_server: Server) -> None:
+    """It is another process: what its predecessor's were multiplied by went with that."""
+    from optimd.client.placement import names
+
+    asked = {"aggregation": Sync(on_loss="wait")}
+    parameters = [nn.Parameter(torch.zeros(700)) for _ in range(3)]
+    with Relay(quick_server.address) as relay:
+        mine = options(0, worker_id="d", **asked)
+        doomed = Adam([parameters[0]], fused=True, server=relay.address, job="s", options=mine)
+        theirs = options(1, **asked)
+        other = Adam([parameters[1]], fused=True, server=quick_server.address, job="s", options=theirs)
+        caretaker.forget(doomed._open_session()._line)
+        relay.cut()
+        names.give_back("s", "d")
+        successor: Any = Adam([parameters[2]], fused=True, server=quick_server.address, job="s", options=mine)
+
+        def step(rank: int) -> None:
+            if rank == 1:
+                parameters[1].grad = torch.ones(700)
+                other.step()
+                return
+            # As a GradScaler does.
+            parameters[2].grad = torch.full((700,), 1024.0)
+            successor.grad_scale, successor.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+            successor.step()
+            del successor.grad_scale, successor.found_inf
+
+        in_threads(step, 2)
+        assert torch.allclose(other.state[parameters[1]]["exp_avg"], torch.full((700,), 0.1))
+        for optimizer in (doomed, other, successor):
+            optimizer.close()

@@ -90,7 +90,7 @@ def test_hooks_are_called_for_the_steps_of_two_workers_once_each_and_in_order(se
     for heard in in_threads(work, 2):
         assert [receipt.step for receipt in heard] == list(range(1, 21))
         assert [receipt.sequence for receipt in heard] == list(range(20))
-        assert all(receipt.contributors == (0, 1) and receipt.outcome == "applied" for receipt in heard)
+        assert all(receipt.contributors == (0, 1) and receipt.outcome == "merged" for receipt in heard)
         assert all(receipt.bytes_sent == receipt.bytes_received == 0 for receipt in heard)
 
 

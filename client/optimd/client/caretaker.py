@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import queue
 import sys
 import threading
@@ -17,6 +18,8 @@ from enum import Enum, auto
 from typing import Final, Protocol
 
 from optimd.client import forks
+
+_log = logging.getLogger("optimd.client")
 
 _FAREWELL_S: Final = 5.0
 """How long a server may take to see a worker off, in seconds."""
@@ -86,7 +89,7 @@ class Caretaker:
         """Says from now on that a worker is alive."""
         with self._lock:
             self._mailbox.put((_Word.ADD, charge))
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="optimd-caretaker", daemon=True)
                 self._thread.start()
 
@@ -100,23 +103,29 @@ class Caretaker:
 
     def _run(self) -> None:
         while True:
-            with contextlib.suppress(queue.Empty):
-                self._hear(*self._mailbox.get(timeout=self._pause()))
-            now = time.monotonic()
-            for charge, care in list(self._charges.items()):
-                if care.leaving_until_s is None:
-                    if now >= care.due_s:
-                        care.due_s = now + charge.heartbeat_s
-                        charge.beat()
-                elif charge.has_left() or now >= care.leaving_until_s:
-                    del self._charges[charge]
-                    charge.drop()
-                # It must not be kept alive while this thread sleeps.
-                del charge
+            try:
+                with contextlib.suppress(queue.Empty):
+                    self._hear(*self._mailbox.get(timeout=self._pause()))
+                for charge, care in list(self._charges.items()):
+                    self._look_after(charge, care)
+                    # It must not be kept alive while this thread sleeps.
+                    del charge
+            except Exception:  # noqa: BLE001  # whatever it was, the others' workers are alive
+                _log.exception("an open job could not be taken care of")
             with self._lock:
                 if self._mailbox.empty() and not self._charges:
                     self._thread = None
                     return
+
+    def _look_after(self, charge: Charge, care: _Care) -> None:
+        now = time.monotonic()
+        if care.leaving_until_s is None:
+            if now >= care.due_s:
+                care.due_s = now + charge.heartbeat_s
+                charge.beat()
+        elif charge.has_left() or now >= care.leaving_until_s:
+            del self._charges[charge]
+            charge.drop()
 
     def _pause(self) -> float:
         now = time.monotonic()

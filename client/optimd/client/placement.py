@@ -121,7 +121,8 @@ def place(
             'them can reach: start one with `optimd serve` and pass server="host:port" (or set OPTIMD_SERVER)'
         )
     name = None if private else job or environment.job or environment.run_id
-    private = name is None and count == 1 and (private or world_size is not None)
+    # One that no torchrun has numbered and that names no job is alone, whatever its policy.
+    private = name is None and count == 1 and (private or world_size == 1 or environment.host_group is None)
     if private:
         name = f"private-{uuid.uuid4()}"
     elif name is None:

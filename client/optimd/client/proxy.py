@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -18,7 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from optimd.client.buffers import AttachedBuffers
 from optimd.client.connection import Connection
 from optimd.client.environment import read_environment
-from optimd.client.exceptions import ConfigurationError, JobMismatchError, OptimizerClosedError
+from optimd.client.exceptions import (
+    ConfigurationError,
+    ConnectionLostError,
+    JobMismatchError,
+    OptimizerClosedError,
+)
 from optimd.client.options import ProxyOptions, Sync
 from optimd.client.parameters import gradients, refuse_shared_memory, titles
 from optimd.client.placement import names, place
@@ -78,7 +82,7 @@ class OptimizerProxy(RemoteOptimizer):
                 connection,
                 placement.request,
                 retry_timeout_s=0 if placement.is_embedded else options.retry_timeout_s,
-                tensors=functools.partial(_tensors_of, weakref.ref(self)),
+                local=_LocalValues(weakref.ref(self)),
             )
             if self._is_made_here():
                 self._check_made_here(alone=session.is_alone)
@@ -177,10 +181,16 @@ class OptimizerProxy(RemoteOptimizer):
                         grad.div_(push.grad_scale)
             if session.wants_buffers and self._buffers is not None:
                 self._refresh_buffers(session, self._buffers)
+        if receipt.outcome == "dropped_late" and (push.values or push.states):
+            warnings.warn(
+                f"the job had gone on to step {receipt.step} without this worker: values or states that were changed "
+                "since its last step were dropped with its gradients",
+                stacklevel=4,
+            )
         if receipt.hyperparameters_disagreed and not self._warned_of_disagreement:
             self._warned_of_disagreement = True
             warnings.warn(
-                f"step {receipt.step}: the workers' param_groups differ; those of the lowest rank hold", stacklevel=3
+                f"step {receipt.step}: the workers' param_groups differ; those of the lowest rank hold", stacklevel=4
             )
         hooks.settle(receipt.step)
         return loss
@@ -408,7 +418,7 @@ class OptimizerProxy(RemoteOptimizer):
     def _refresh_buffers(self, session: Session, buffers: AttachedBuffers) -> None:
         try:
             session.push_buffers(buffers)
-        except JobMismatchError as error:
+        except (JobMismatchError, ConnectionLostError) as error:
             # The step is made: what keeps the server's copy from being refreshed is no reason to fail it.
             warnings.warn(f"the server's copy of the buffers was not refreshed: {error}", stacklevel=4)
 
@@ -443,9 +453,31 @@ def _refuse_repetition(group: Mapping[str, Any]) -> None:
         seen[id(tensor)] = index
 
 
-def _tensors_of(optimizer: weakref.ref[OptimizerProxy]) -> Sequence[torch.Tensor]:
-    here = optimizer()
-    return [] if here is None else here._tensors()  # noqa: SLF001  # its own
+class _LocalValues:
+    """What the line of an optimizer may know of its parameters, without keeping it alive.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: weakref.ref[OptimizerProxy]) -> None:
+        self._optimizer = optimizer
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The parameters that the job knows, in order."""
+        here = self._optimizer()
+        return [] if here is None else here._tensors()[: len(here._tracker.known)]  # noqa: SLF001  # its own
+
+    def written(self) -> Collection[int]:
+        """Those that the program has written to."""
+        here = self._optimizer()
+        return () if here is None else here._tracker.written(self.tensors())  # noqa: SLF001  # its own
+
+    def received(self, kept: Collection[int]) -> None:
+        """They have the server's values, but for those that were kept."""
+        here = self._optimizer()
+        if here is not None:
+            here._tracker.receive(self.tensors(), kept)  # noqa: SLF001  # its own
 
 
 def _let_go(session: Session) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -14,7 +15,7 @@ from optimd.client import buffers
 from optimd.client.caretaker import caretaker
 from optimd.client.connection import Connection, StepStream, TrainStream
 from optimd.client.exceptions import AccumulationLostError, ConnectionLostError
-from optimd.client.jobline import JobLine, finish_on_devices, serialised
+from optimd.client.jobline import JobLine, LocalValues, finish_on_devices, serialised
 from optimd.client.layoutexchange import JobRequest
 from optimd.client.parameters import FlatWriter
 from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries, repeated_messages
@@ -27,6 +28,10 @@ from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Parameter
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
+
+T = TypeVar("T")
+
+_READING_PAUSE_S: Final = 0.2
 
 
 class Session:
@@ -41,7 +46,7 @@ class Session:
         request: Which job to open.
         retry_timeout_s: How long to try again where the line breaks, in seconds; 0 for a server that nobody would start
             again.
-        tensors: Gives the parameters as they are now, in order: values are received into them.
+        local: The parameters of this process: values are received into them.
     """
 
     def __init__(
@@ -50,9 +55,10 @@ class Session:
         request: JobRequest,
         *,
         retry_timeout_s: float,
-        tensors: Callable[[], Sequence[torch.Tensor]],
+        local: LocalValues,
     ) -> None:
-        self._line = JobLine(connection, request, retry_timeout_s=retry_timeout_s, tensors=tensors)
+        self._line = JobLine(connection, request, retry_timeout_s=retry_timeout_s, local=local)
+        self._sends_all_groups = False
         self._connection = connection
         self._request = request
         self.retry_timeout_s = retry_timeout_s
@@ -229,10 +235,11 @@ class Session:
             OptimdError: the step failed.
         """
         finish_on_devices([*push.grads, *push.values.values()])
-        keep = push.values if self._is_async else ()
+        # In a synchronous job what was written is pushed with this step or, if that is late, dropped with it.
+        keeps = self._is_async
         # Before the line is looked at: the gradients are not of the parameters that may come with a new one.
         sequence, base_step = self.next_sequence, self.job_step
-        self._line.usable(keep)
+        self._line.usable(keeps=keeps)
         traffic = _Traffic()
         resumed = False
         while True:
@@ -243,14 +250,16 @@ class Session:
                 receipt = self._attempt(push, tensors, base_step, traffic)
                 break
             except ConnectionLostError as error:
-                missed = self._line.take_up_again(error, keep)
+                missed = self._line.take_up_again(error, keeps=keeps)
             resumed = True
             self._line.groups = self._known_groups
             if missed is not None and missed.sequence == sequence:
-                # It had been answered, and only the answer was lost.
-                if keep:
-                    self.pull_some(tensors, keep)
+                # It had been answered, and only the answer was lost. Its values came with the line, but for those kept.
+                job_step = self.job_step
                 self._settle(missed)
+                self._line.job_step = job_step
+                if keeps and push.values:
+                    self.pull_some(tensors, push.values)
                 receipt = missed
                 break
         return decode_receipt(receipt, resumed=resumed, bytes_sent=traffic.sent, bytes_received=traffic.received)
@@ -295,7 +304,7 @@ class Session:
             writer.flush()
             if kind == "refused":
                 # The server may know some of the changed options and not others: all are sent again.
-                self._line.groups = [b""] * len(self._line.groups)
+                self._sends_all_groups = True
             else:
                 self._settle(message.receipt)
         self._raise_refusal(kind, message)
@@ -305,6 +314,8 @@ class Session:
         """A push is answered."""
         self._line.job_step = receipt.step
         self._line.next_sequence = receipt.sequence + 1
+        self._line.answered()
+        self._sends_all_groups = False
         self._known_groups = self._line.groups
         self._nothing_held()
         self.wants_buffers = receipt.wants_buffers
@@ -320,21 +331,30 @@ class Session:
             OptimdError: they are not held.
         """
         finish_on_devices(grads)
-        while True:
-            stream = self._line.usable()
+        base_step = self.job_step
+
+        def exchange() -> tuple[str, training_pb2.TrainResponse] | None:
+            if self.job_step != base_step and not self._is_async:
+                return None
             begin = training_pb2.Accumulate(
                 sequence=self.next_sequence,
                 micro=self._micro,
                 group_count=group_count,
                 layout_count=self._line.layout_count,
             )
-            try:
-                with self._line.failing_for_good():
-                    stream.send(accumulation_messages(self._line.layout, grads, begin))
-                    kind, message, _ = stream.expect("accumulated", "refused")
-                break
-            except ConnectionLostError as error:
-                self._line.take_up_again(error)
+            stream = self._line.stream()
+            stream.send(accumulation_messages(self._line.layout, grads, begin))
+            kind, message, _ = stream.expect("accumulated", "refused")
+            return kind, message
+
+        answer = self._line.exchanging(exchange)
+        if answer is None:
+            self._nothing_held()
+            raise AccumulationLostError(
+                f"the job went on to step {self.job_step} while the line was down: the gradients are of the parameters "
+                f"of step {base_step}. This worker has the job's parameters now; compute the gradients again"
+            )
+        kind, message = answer
         self._raise_refusal(kind, message)
         self._micro = message.accumulated.micro
         self.holds_gradients = True
@@ -347,16 +367,14 @@ class Session:
         """
         if not self.holds_gradients:
             return
-        while True:
-            stream = self._line.usable()
+
+        def exchange() -> training_pb2.TrainResponse:
             request = training_pb2.DiscardAccumulated(sequence=self.next_sequence, micro=self._micro)
-            try:
-                with self._line.failing_for_good():
-                    stream.send([encode(training_pb2.TrainRequest(discard_accumulated=request))])
-                    _, message, _ = stream.expect("accumulated")
-                break
-            except ConnectionLostError as error:
-                self._line.take_up_again(error)
+            stream = self._line.stream()
+            stream.send([encode(training_pb2.TrainRequest(discard_accumulated=request))])
+            return stream.expect("accumulated")[1]
+
+        message = self._line.exchanging(exchange)
         self._micro = message.accumulated.micro
         self.holds_gradients = False
 
@@ -364,7 +382,9 @@ class Session:
         messages = self._encoded(groups)
         encoded = [serialised(message) for message in messages]
         changed = [
-            message for message, new, old in zip(messages, encoded, self._line.groups, strict=True) if new != old
+            message
+            for message, new, old in zip(messages, encoded, self._line.groups, strict=True)
+            if new != old or self._sends_all_groups
         ]
         self._line.groups = encoded
         return changed
@@ -389,8 +409,7 @@ class Session:
         Raises:
             OptimdError: the server cannot be read.
         """
-        self._line.stream()
-        return read_state(self._connection, self.job, self._line.layout, kinds, indices)
+        return self._reading(lambda: read_state(self._connection, self.job, self._line.layout, kinds, indices))
 
     def pull(self, tensors: Sequence[torch.Tensor]) -> None:
         """Receives the job's values in place.
@@ -398,15 +417,29 @@ class Session:
         Raises:
             OptimdError: the server cannot be read; some tensors may have been written to.
         """
-        self._line.stream()
-        read_state(self._connection, self.job, self._line.layout, (PARAMETER,), into=dict(enumerate(tensors)))
+        into = dict(enumerate(tensors))
+        self._reading(lambda: read_state(self._connection, self.job, self._line.layout, (PARAMETER,), into=into))
 
     def pull_some(self, tensors: Sequence[torch.Tensor], indices: Collection[int]) -> None:
         """As `pull`, of some parameters, by index."""
-        self._line.stream()
         wanted = sorted(indices)
         into = {index: tensors[index] for index in wanted}
-        read_state(self._connection, self.job, self._line.layout, (PARAMETER,), wanted, into=into)
+        kinds = (PARAMETER,)
+        self._reading(lambda: read_state(self._connection, self.job, self._line.layout, kinds, wanted, into=into))
+
+    def _reading(self, read: Callable[[], T]) -> T:
+        """Reads, again where the line breaks: for up to `retry_timeout_s`."""
+        deadline = time.monotonic() + self.retry_timeout_s
+        while True:
+            self._line.stream()
+            try:
+                return read()
+            except ConnectionLostError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                time.sleep(min(left, _READING_PAUSE_S))
+                self._connection.probe(max(0.1, left))
 
     def load(self, groups: Sequence[Mapping[str, Any]], entries: Mapping[int, RemoteEntry], *, force: bool) -> None:
         """Replaces the job's whole state and its param_groups.
@@ -419,22 +452,27 @@ class Session:
         Raises:
             OptimdError: the job cannot take it.
         """
-        stream = self._line.usable()
+        self._line.usable()
         encoded = self._encoded(groups)
         # Here, not where it is sent: what cannot be read must not cost the stream.
         digest = hashlib.sha256()
         for part in state_messages(self._line.layout, encoded, entries):
             digest.update(part)
-        with self._line.failing_for_good():
-            announcement = training_pb2.LoadState(
-                digest=digest.digest(), load_count=self._line.load_count + 1, force=force
-            )
+        load_count = self._line.load_count + 1
+
+        def exchange() -> tuple[str, training_pb2.TrainResponse]:
+            stream = self._line.stream()
+            # The same number, also where the line broke: what was loaded by then is found to be there.
+            announcement = training_pb2.LoadState(digest=digest.digest(), load_count=load_count, force=force)
             stream.send([encode(training_pb2.TrainRequest(load_state=announcement))])
             kind, message, _ = stream.expect("load_state_accepted", "refused")
             if kind != "refused":
                 if message.load_state_accepted.send_state:
                     stream.send(state_messages(self._line.layout, encoded, entries))
                 kind, message, _ = stream.expect("state_loaded", "refused")
+            return kind, message
+
+        kind, message = self._line.exchanging(exchange)
         self._raise_refusal(kind, message)
         self._line.load_count = message.state_loaded.load_count
         self._line.groups = self._known_groups = [serialised(group) for group in encoded]
@@ -448,13 +486,14 @@ class Session:
             ValueError: the module is gone.
             OptimdError: the job does not take them.
         """
-        stream = self._line.usable()
+        self._line.usable()
         # Here, not where they are sent: what cannot be read must not cost the stream.
         values = attached.read()
         if values is None:
             raise ValueError("the module whose buffers are to be attached is gone")
-        with self._line.failing_for_good():
-            refusal = buffers.attach(stream, attached, values, self._line.bucket_bytes)
+        refusal = self._line.exchanging(
+            lambda: buffers.attach(self._line.stream(), attached, values, self._line.bucket_bytes)
+        )
         if refusal is not None:
             raise refusal
 
@@ -480,7 +519,7 @@ class Session:
         Raises:
             OptimdError: the line cannot be used.
         """
-        self._line.usable()
+        self._line.stream()
         return self._connection.watch_steps(self.job, self.worker_id, after_step=after_step)
 
     def end_watch(self, stream: StepStream) -> None:

@@ -86,6 +86,16 @@ class ParameterTracker:
         self._dirty.clear()
         self._watch.remember(tensors)
 
+    def written(self, tensors: Sequence[torch.Tensor]) -> set[int]:
+        """The parameters, by index, whose values are the program's and not the server's."""
+        replaced = {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
+        return self._dirty | replaced | self._watch.changed(tensors)
+
+    def receive(self, tensors: Sequence[torch.Tensor], kept: Collection[int]) -> None:
+        """The tensors were given the server's values, but for those that were `kept`, by index."""
+        self._dirty = set(kept)
+        self._watch.remember(tensors)
+
     def touch(self) -> None:
         """All parameters count as written to."""
         self._dirty = set(range(len(self.known)))
@@ -159,7 +169,7 @@ class ParameterTracker:
         """
         edits = self.cache.edits()
         replaced = {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
-        written = self._dirty | replaced | self._watch.changed(tensors)
+        written = self.written(tensors)
         states = {}
         if edits or replaced:
             for index, tensor in enumerate(tensors):

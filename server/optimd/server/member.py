@@ -190,7 +190,6 @@ class Member:
         self.worker = former.worker
         self.groups, self.speaks, self.unchecked = former.groups, former.speaks, True
         self.holds_place, self.steppable = True, former.steppable
-        self.buffers_attached = former.buffers_attached
         self.grad_scale, self.staleness, self.own_steps = former.grad_scale, former.staleness, former.own_steps
         self.sight, self.held = former.sight, former.held
         former.alive = False

@@ -164,6 +164,9 @@ class TrainSession:
             member.alive = False
         entry = self._registry.enter(opening, layout, member, on_job=self._attach)
         job, returns = entry.job, opening.returns_at_step is not None
+        if returns:
+            # What it was bringing when its line broke, it does not know to be there.
+            del member.groups[len(layout.groups) :]
         _log.info(
             "job %s: rank %d (%s, optimd %s) %s at step %d",
             job.name,
