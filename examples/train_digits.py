@@ -71,6 +71,7 @@ def main():
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda _: (1 + math.cos(math.pi * min(1, optimizer.job_step / total))) / 2
         )
+        told = optimizer.job_step // batches
         while optimizer.job_step < total:
             if args.mode == "sync":
                 # Everybody is at the same step: each takes its part of the step's batch.
@@ -88,7 +89,8 @@ def main():
             optimizer.step()
             scheduler.step()
 
-            if batch == batches - 1 and rank == 0:
+            if rank == 0 and optimizer.job_step // batches > told:
+                told = optimizer.job_step // batches
                 print(f"step {optimizer.job_step:4d}  loss {loss.item():.4f}", flush=True)
         optimizer.pull_parameters()
 
