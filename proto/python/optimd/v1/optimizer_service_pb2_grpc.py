@@ -33,7 +33,7 @@ class OptimizerServiceStub(object):
     Every message, in either direction, stays under 4 MiB. Every failure carries an ErrorDetail in the trailing
     metadata `optimd-error-bin`; the statuses below are those of its reasons. Besides these, each call may end with
     INVALID_ARGUMENT (INVALID_FIELD: a malformed message), INTERNAL (INTERNAL: a defect, with an incident id) and
-    UNAVAILABLE (SHUTTING_DOWN, or no detail where the line broke).
+    UNAVAILABLE (SHUTTING_DOWN, LEASE_ENDED, or no detail where the line broke).
     """
 
     def __init__(self, channel):
@@ -76,7 +76,7 @@ class OptimizerServiceServicer(object):
     Every message, in either direction, stays under 4 MiB. Every failure carries an ErrorDetail in the trailing
     metadata `optimd-error-bin`; the statuses below are those of its reasons. Besides these, each call may end with
     INVALID_ARGUMENT (INVALID_FIELD: a malformed message), INTERNAL (INTERNAL: a defect, with an incident id) and
-    UNAVAILABLE (SHUTTING_DOWN, or no detail where the line broke).
+    UNAVAILABLE (SHUTTING_DOWN, LEASE_ENDED, or no detail where the line broke).
     """
 
     def GetCapabilities(self, request, context):
@@ -228,7 +228,7 @@ class OptimizerService(object):
     Every message, in either direction, stays under 4 MiB. Every failure carries an ErrorDetail in the trailing
     metadata `optimd-error-bin`; the statuses below are those of its reasons. Besides these, each call may end with
     INVALID_ARGUMENT (INVALID_FIELD: a malformed message), INTERNAL (INTERNAL: a defect, with an incident id) and
-    UNAVAILABLE (SHUTTING_DOWN, or no detail where the line broke).
+    UNAVAILABLE (SHUTTING_DOWN, LEASE_ENDED, or no detail where the line broke).
     """
 
     @staticmethod

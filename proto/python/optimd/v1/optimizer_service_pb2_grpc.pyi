@@ -34,7 +34,7 @@ class OptimizerServiceStub:
     Every message, in either direction, stays under 4 MiB. Every failure carries an ErrorDetail in the trailing
     metadata `optimd-error-bin`; the statuses below are those of its reasons. Besides these, each call may end with
     INVALID_ARGUMENT (INVALID_FIELD: a malformed message), INTERNAL (INTERNAL: a defect, with an incident id) and
-    UNAVAILABLE (SHUTTING_DOWN, or no detail where the line broke).
+    UNAVAILABLE (SHUTTING_DOWN, LEASE_ENDED, or no detail where the line broke).
     """
 
     @_typing.overload
@@ -136,7 +136,7 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Every message, in either direction, stays under 4 MiB. Every failure carries an ErrorDetail in the trailing
     metadata `optimd-error-bin`; the statuses below are those of its reasons. Besides these, each call may end with
     INVALID_ARGUMENT (INVALID_FIELD: a malformed message), INTERNAL (INTERNAL: a defect, with an incident id) and
-    UNAVAILABLE (SHUTTING_DOWN, or no detail where the line broke).
+    UNAVAILABLE (SHUTTING_DOWN, LEASE_ENDED, or no detail where the line broke).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -234,7 +234,7 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
     Every message, in either direction, stays under 4 MiB. Every failure carries an ErrorDetail in the trailing
     metadata `optimd-error-bin`; the statuses below are those of its reasons. Besides these, each call may end with
     INVALID_ARGUMENT (INVALID_FIELD: a malformed message), INTERNAL (INTERNAL: a defect, with an incident id) and
-    UNAVAILABLE (SHUTTING_DOWN, or no detail where the line broke).
+    UNAVAILABLE (SHUTTING_DOWN, LEASE_ENDED, or no detail where the line broke).
     """
 
     @_abc_1.abstractmethod
