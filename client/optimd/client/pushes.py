@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,20 +50,13 @@ def push_messages(
         yield encode(training_pb2.TrainRequest(pushed=state_dict_pb2.PushedPage(entries=entries)))
     yield from tensor_buckets(layout, PARAMETER, push.values)
     yield from state_buckets(layout, push.states)
-    count = 0
-    for message_bytes in gradient_messages(layout, () if push.skipped else push.grads):
-        yield message_bytes
-        count += 1
+    count = yield from gradient_messages(layout, () if push.skipped else push.grads)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 
 def repeated_messages(layout: JobLayout, push: Push, buckets: Collection[int]) -> Iterator[bytes]:
     """The messages that push some buckets again, in order."""
-    grads = {index: grad for index, grad in enumerate(push.grads) if grad is not None}
-    count = 0
-    for message_bytes in tensor_buckets(layout, GRADIENT, grads, buckets):
-        yield message_bytes
-        count += 1
+    count = yield from gradient_messages(layout, push.grads, buckets)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 
@@ -72,16 +65,20 @@ def accumulation_messages(
 ) -> Iterator[bytes]:
     """The messages that have gradients held for the next push, in order."""
     yield encode(training_pb2.TrainRequest(accumulate=begin))
-    count = 0
-    for message_bytes in gradient_messages(layout, grads):
-        yield message_bytes
-        count += 1
+    count = yield from gradient_messages(layout, grads)
     yield encode(training_pb2.TrainRequest(accumulate_end=training_pb2.AccumulateEnd(bucket_count=count)))
 
 
-def gradient_messages(layout: JobLayout, grads: Sequence[torch.Tensor | None]) -> Iterator[bytes]:
-    """The buckets that have any gradient. Without any gradients, there are none."""
-    return tensor_buckets(layout, GRADIENT, {index: grad for index, grad in enumerate(grads) if grad is not None})
+def gradient_messages(
+    layout: JobLayout, grads: Sequence[torch.Tensor | None], wanted: Collection[int] | None = None
+) -> Generator[bytes, None, int]:
+    """The buckets that have any gradient, or of these the `wanted` ones, by id. Returns how many there were."""
+    present = {index: grad for index, grad in enumerate(grads) if grad is not None}
+    count = 0
+    for bucket in tensor_buckets(layout, GRADIENT, present, wanted):
+        yield bucket
+        count += 1
+    return count
 
 
 def pushed_entries(push: Push) -> list[list[state_dict_pb2.PushedEntry]]:
