@@ -7,8 +7,11 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from optimd.client.exceptions import ConfigurationError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> WorkerEnviron
     return WorkerEnvironment(
         server=variables.get("OPTIMD_SERVER") or None,
         job=variables.get("OPTIMD_JOB") or None,
-        rank=_number(variables, "RANK", 0) if variables.get("RANK") else None,
+        rank=_number(variables, "RANK", None),
         world_size=_number(variables, "WORLD_SIZE", 1),
         local_rank=_number(variables, "LOCAL_RANK", 0),
         # Without torchrun's word for it, assume that other workers may be on other hosts.
@@ -72,7 +75,7 @@ def _host_group(variables: Mapping[str, str]) -> str:
     return " ".join(variables.get(part, "") for part in parts)
 
 
-def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+def _number(variables: Mapping[str, str], name: str, default: T) -> int | T:
     text = variables.get(name)
     if not text:
         return default
