@@ -365,7 +365,7 @@ def test_a_pickled_reference_to_a_foreign_process_is_no_way_around(server: Serve
     """What a fork inherits is refused on every method that reaches the server."""
     p = nn.Parameter(torch.ones(3))
     with Adam([p], server=server.address, options=ProxyOptions()) as optimizer:
-        connection = optimizer._session._connection
+        connection = optimizer._session._line.connection
         pid = connection._pid
         connection._pid = -1
         p.grad = torch.ones(3)

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 
 from optimd.client.caretaker import caretaker
-from optimd.client.connection import Connection, TrainStream
+from optimd.client.connection import LEAVE_TIMEOUT_S, Connection, TrainStream
 from optimd.client.exceptions import (
     ConnectionLostError,
     JobDeletedError,
@@ -53,7 +53,6 @@ _LONGEST_PAUSE_S: Final = 5.0
 _SHORTEST_OPENING_S: Final = 5.0
 _BEATS_A_LEASE: Final = 5
 _LONGEST_BEAT_S: Final = 30.0
-_LEAVING_S: Final = 5.0
 
 
 class LocalValues(Protocol):
@@ -92,7 +91,8 @@ class JobLine:
     ) -> None:
         self.connection = connection
         self.request = request
-        self._retry_timeout_s = retry_timeout_s
+        self.retry_timeout_s = retry_timeout_s
+        """How long to try again where the line breaks, in seconds."""
         self._local = local
         self._incarnation = secrets.randbits(64)
         self._stream: TrainStream | None = None
@@ -235,7 +235,7 @@ class JobLine:
             if kind == "ready":
                 writer.flush()
                 return message.ready
-            self.write(writer, message.bucket, frame.payload, layout)
+            self.write(writer, layout, message.bucket, frame.payload)
             progress.advance(frame.payload.nbytes)
 
     def _take(self, ready: job_pb2.JobReady) -> None:
@@ -249,11 +249,11 @@ class JobLine:
     def write(
         self,
         writer: FlatWriter,
+        layout: JobLayout,
         header: tensor_pb2.TensorBucket,
         payload: memoryview,
-        layout: JobLayout | None = None,
     ) -> None:
-        """Writes a received bucket of values, of the job's layout if no other is given.
+        """Writes a received bucket of values.
 
         Raises:
             ProtocolError: it is none, or does not fit.
@@ -262,7 +262,7 @@ class JobLine:
         if header.kind != encode_kind(PARAMETER):
             raise ProtocolError(f"the server at {address} sent tensor kind {header.kind} where values were due")
         try:
-            bucket = (layout or self.layout).bucket(header.bucket_id)
+            bucket = layout.bucket(header.bucket_id)
             writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload)
         except ValueError as error:
             raise ProtocolError(f"the server at {address} sent a bucket that does not fit: {error}") from error
@@ -376,15 +376,15 @@ class JobLine:
             JobDeletedError: the job is gone.
             OptimdError: the job cannot be taken up again; with what the server said.
         """
-        if not self._retry_timeout_s:
+        if not self.retry_timeout_s:
             self._break(cause)
             raise cause
         is_first = self._retry_until_s is None
         if self._retry_until_s is None:
-            self._retry_until_s = time.monotonic() + self._retry_timeout_s
+            self._retry_until_s = time.monotonic() + self.retry_timeout_s
         level = logging.WARNING if is_first else logging.DEBUG
         job = self.request.job
-        _log.log(level, "%s; trying for %g s to take up job %s again", cause, self._retry_timeout_s, job)
+        _log.log(level, "%s; trying for %g s to take up job %s again", cause, self.retry_timeout_s, job)
         while True:
             if not is_first:
                 time.sleep(self._pause_s * random.uniform(0.5, 1.5))  # noqa: S311  # spreads workers out, hides nothing
@@ -510,10 +510,10 @@ class JobLine:
     def _come_back_to_leave(self, *, failed: bool) -> None:
         """Where the line has broken, and others may be waiting for this worker: comes back, if that is quick."""
         stream = self._stream
-        if failed or self.request.private or self._broken is not None or not self._retry_timeout_s:
+        if failed or self.request.private or self._broken is not None or not self.retry_timeout_s:
             return
         if stream is not None and self.connection.is_own and (self._lost is not None or stream.has_ended):
-            self._retry_until_s = time.monotonic() + _LEAVING_S
+            self._retry_until_s = time.monotonic() + LEAVE_TIMEOUT_S
             with contextlib.suppress(OptimdError):
                 self.take_up_again(self._lost or ConnectionLostError("the line broke"))
 

@@ -23,6 +23,7 @@ from optimd.client.exceptions import (
     JobMismatchError,
     OptimizerClosedError,
 )
+from optimd.client.jobline import JobLine
 from optimd.client.options import ProxyOptions, Sync
 from optimd.client.parameters import gradients, refuse_shared_memory, titles
 from optimd.client.placement import names, place
@@ -78,12 +79,13 @@ class OptimizerProxy(RemoteOptimizer):
         try:
             connection = Connection(placement.find_server())
             connection.probe(options.retry_timeout_s)
-            session = Session(
+            line = JobLine(
                 connection,
                 placement.request,
                 retry_timeout_s=0 if placement.is_embedded else options.retry_timeout_s,
                 local=_LocalValues(weakref.ref(self)),
             )
+            session = Session(line)
             if self._is_made_here():
                 self._check_made_here(alone=session.is_alone)
             adopted = session.open(self.param_groups, tensors, parameters)
@@ -477,7 +479,7 @@ class _LocalValues:
         """They have the server's values, but for those that were kept."""
         here = self._optimizer()
         if here is not None:
-            here._tracker.receive(self.tensors(), kept)  # noqa: SLF001  # its own
+            here._tracker.refresh(self.tensors(), kept)  # noqa: SLF001  # its own
 
 
 def _let_go(session: Session) -> None:

@@ -13,10 +13,9 @@ import torch
 
 from optimd.client import buffers
 from optimd.client.caretaker import caretaker
-from optimd.client.connection import Connection, StepStream, TrainStream
+from optimd.client.connection import StepStream, TrainStream
 from optimd.client.exceptions import AccumulationLostError, ConnectionLostError
-from optimd.client.jobline import JobLine, LocalValues, finish_on_devices, serialised
-from optimd.client.layoutexchange import JobRequest
+from optimd.client.jobline import JobLine, finish_on_devices, serialised
 from optimd.client.parameters import FlatWriter
 from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries, repeated_messages
 from optimd.client.receipts import StepReceipt, decode_receipt
@@ -42,27 +41,12 @@ class Session:
     the line is closed, and further calls raise `ConnectionLostError`.
 
     Args:
-        connection: The line to the server. The session closes it.
-        request: Which job to open.
-        retry_timeout_s: How long to try again where the line breaks, in seconds; 0 for a server that nobody would start
-            again.
-        local: The parameters of this process: values are received into them.
+        line: The line to the job, not opened yet. The session closes it.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        request: JobRequest,
-        *,
-        retry_timeout_s: float,
-        local: LocalValues,
-    ) -> None:
-        self._line = JobLine(connection, request, retry_timeout_s=retry_timeout_s, local=local)
+    def __init__(self, line: JobLine) -> None:
+        self._line = line
         self._sends_all_groups = False
-        self._connection = connection
-        self._request = request
-        self.retry_timeout_s = retry_timeout_s
-        """How long to try again where the line breaks, in seconds."""
         # What the server knows of this worker's groups for sure: what was sent with the last push that was answered.
         self._known_groups: list[bytes] = []
         # How often gradients were accumulated, or those held discarded, since the last step.
@@ -75,22 +59,27 @@ class Session:
     @property
     def address(self) -> str:
         """Where the server is."""
-        return self._connection.address
+        return self._line.connection.address
+
+    @property
+    def retry_timeout_s(self) -> float:
+        """How long to try again where the line breaks, in seconds."""
+        return self._line.retry_timeout_s
 
     @property
     def is_own(self) -> bool:
         """Whether this process opened it."""
-        return self._connection.is_own
+        return self._line.connection.is_own
 
     @property
     def job(self) -> str:
         """The job's name."""
-        return self._request.job
+        return self._line.request.job
 
     @property
     def worker_id(self) -> str:
         """This worker's name in the job."""
-        return self._request.worker_id
+        return self._line.request.worker_id
 
     @property
     def rank(self) -> int:
@@ -134,12 +123,12 @@ class Session:
     @property
     def is_alone(self) -> bool:
         """Whether the job has been opened for this worker alone."""
-        aggregation = self._request.aggregation
+        aggregation = self._line.request.aggregation
         return not self._is_async and bool(aggregation.sync.world_size == 1)
 
     @property
     def _is_async(self) -> bool:
-        return bool(self._request.aggregation.WhichOneof("policy") == "asynchronous")
+        return bool(self._line.request.aggregation.WhichOneof("policy") == "asynchronous")
 
     def acknowledge(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The worker's param_groups are the job's: only what changes from here on is sent.
@@ -259,7 +248,7 @@ class Session:
                 self._settle(missed)
                 self._line.job_step = job_step
                 if keeps and push.values:
-                    self.pull_some(tensors, push.values)
+                    self.pull(tensors, push.values)
                 receipt = missed
                 break
         return decode_receipt(receipt, resumed=resumed, bytes_sent=traffic.sent, bytes_received=traffic.received)
@@ -298,7 +287,7 @@ class Session:
                 if kind == "push_again":
                     stream.send(repeated_messages(self._line.layout, push, set(message.push_again.buckets)))
                 elif kind == "bucket":
-                    self._line.write(writer, message.bucket, frame.payload)
+                    self._line.write(writer, self._line.layout, message.bucket, frame.payload)
                 else:
                     break
             writer.flush()
@@ -389,8 +378,8 @@ class Session:
         self._line.groups = encoded
         return changed
 
-    def _encoded(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> list[param_group_pb2.ParamGroup]:
-        return [encode_group(index, self._request.rule, group) for index, group in enumerate(groups, first)]
+    def _encoded(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
+        return [encode_group(index, self._line.request.rule, group) for index, group in enumerate(groups)]
 
     # --- state
 
@@ -409,23 +398,22 @@ class Session:
         Raises:
             OptimdError: the server cannot be read.
         """
-        return self._reading(lambda: read_state(self._connection, self.job, self._line.layout, kinds, indices))
+        return self._reading(lambda: read_state(self._line.connection, self.job, self._line.layout, kinds, indices))
 
-    def pull(self, tensors: Sequence[torch.Tensor]) -> None:
+    def pull(self, tensors: Sequence[torch.Tensor], indices: Collection[int] = ()) -> None:
         """Receives the job's values in place.
+
+        Args:
+            tensors: The parameters, in order.
+            indices: Those wanted; none means all.
 
         Raises:
             OptimdError: the server cannot be read; some tensors may have been written to.
         """
-        into = dict(enumerate(tensors))
-        self._reading(lambda: read_state(self._connection, self.job, self._line.layout, (PARAMETER,), into=into))
-
-    def pull_some(self, tensors: Sequence[torch.Tensor], indices: Collection[int]) -> None:
-        """As `pull`, of some parameters, by index."""
         wanted = sorted(indices)
-        into = {index: tensors[index] for index in wanted}
+        into = {index: tensors[index] for index in wanted or range(len(tensors))}
         kinds = (PARAMETER,)
-        self._reading(lambda: read_state(self._connection, self.job, self._line.layout, kinds, wanted, into=into))
+        self._reading(lambda: read_state(self._line.connection, self.job, self._line.layout, kinds, wanted, into=into))
 
     def _reading(self, read: Callable[[], T]) -> T:
         """Reads, again where the line breaks: for up to `retry_timeout_s`."""
@@ -439,7 +427,7 @@ class Session:
                 if left <= 0:
                     raise
                 time.sleep(min(left, _READING_PAUSE_S))
-                self._connection.probe(max(0.1, left))
+                self._line.connection.probe(max(0.1, left))
 
     def load(self, groups: Sequence[Mapping[str, Any]], entries: Mapping[int, RemoteEntry], *, force: bool) -> None:
         """Replaces the job's whole state and its param_groups.
@@ -520,11 +508,11 @@ class Session:
             OptimdError: the line cannot be used.
         """
         self._line.stream()
-        return self._connection.watch_steps(self.job, self.worker_id, after_step=after_step)
+        return self._line.connection.watch_steps(self.job, self.worker_id, after_step=after_step)
 
     def end_watch(self, stream: StepStream) -> None:
         """Ends such a stream. May be called from any thread, and more than once."""
-        self._connection.end_watch(stream)
+        self._line.connection.end_watch(stream)
 
     # --- leaving
 
@@ -539,7 +527,7 @@ class Session:
 
     def abandon(self) -> None:
         """Has the worker leave without waiting for it. May be called from any thread, a finalizer's too."""
-        if self._connection.is_own:
+        if self._line.connection.is_own:
             caretaker.see_off(self._line)
 
     # --- all of the above

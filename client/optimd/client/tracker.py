@@ -63,7 +63,7 @@ class ParameterTracker:
             content: The state, by parameter.
             fetch: As in `settle`.
         """
-        self._dirty |= {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
+        self._dirty |= self._replaced(tensors)
         self.read_ahead.clear()
         self.cache.know(tensors)
         self.cache.replace(content, fetch)
@@ -81,20 +81,14 @@ class ParameterTracker:
         self.cache.relocate(tensors, fetch)
         self.refresh(tensors)
 
-    def refresh(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The tensors were given the server's values."""
-        self._dirty.clear()
+    def refresh(self, tensors: Sequence[torch.Tensor], kept: Collection[int] = ()) -> None:
+        """The tensors were given the server's values, but for those that were `kept`, by index."""
+        self._dirty = set(kept)
         self._watch.remember(tensors)
 
     def written(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """The parameters, by index, whose values are the program's and not the server's."""
-        replaced = {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
-        return self._dirty | replaced | self._watch.changed(tensors)
-
-    def receive(self, tensors: Sequence[torch.Tensor], kept: Collection[int]) -> None:
-        """The tensors were given the server's values, but for those that were `kept`, by index."""
-        self._dirty = set(kept)
-        self._watch.remember(tensors)
+        return self._dirty | self._replaced(tensors) | self._watch.changed(tensors)
 
     def touch(self) -> None:
         """All parameters count as written to."""
@@ -168,7 +162,7 @@ class ParameterTracker:
             KeyError: a state that was put in by hand has no `step`.
         """
         edits = self.cache.edits()
-        replaced = {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
+        replaced = self._replaced(tensors)
         written = self.written(tensors)
         states = {}
         if edits or replaced:
@@ -180,3 +174,7 @@ class ParameterTracker:
                 elif tensor in edits or index in replaced:
                     states[index] = RemoteEntry(0.0, {})
         return Changes({index: tensors[index] for index in sorted(written)}, states)
+
+    def _replaced(self, tensors: Sequence[torch.Tensor]) -> set[int]:
+        """Those that are other tensors than the ones that are known."""
+        return {index for index, tensor in enumerate(tensors) if tensor is not self.known[index]}
