@@ -304,7 +304,7 @@ class Pushing:
             # The aggregator may have counted a step that its gradient did not allow.
             self._job.aggregator.forget_step(round_.skipped.step)
             for pushed in round_.skipped.pushes:
-                self._answer_locked(pushed, round_, Outcome.SKIPPED_NONFINITE, step=round_.skipped.step)
+                self._answer_locked(pushed, round_, Outcome.SKIPPED_NONFINITE, round_.skipped.step)
         self._settle_torn_locked()
 
     # --- inside, all with self._changed held
@@ -400,7 +400,9 @@ class Pushing:
             raise RuntimeError("the round has not been committed")
         round_.clock = self.changes.clock
         contributions = []
-        outcome = Outcome.APPLIED if len(commit.contributors) == 1 else Outcome.MERGED
+        outcome = Outcome.of_step(len(commit.contributors))
+        ranks = tuple(worker.rank for worker in commit.contributors)
+        partial = tuple(worker.rank for worker in commit.partial_contributors)
         for worker in commit.contributors:
             record = self._job.company.record(worker.worker_id)
             contributions.append(Contribution(worker.rank, worker.worker_id, record.next_sequence))
@@ -408,14 +410,14 @@ class Pushing:
             member = self._job.company.members.get(worker)
             if member is not None:
                 member.own_steps += 1
-            self._answer_locked(worker, round_, outcome, step=commit.step)
+            self._answer_locked(worker, round_, outcome, commit.step, ranks, partial)
         for worker in commit.skipped:
-            self._answer_locked(worker, round_, Outcome.SKIPPED_NONFINITE, step=commit.step)
+            self._answer_locked(worker, round_, Outcome.SKIPPED_NONFINITE, commit.step, ranks, partial)
         self._job.history.add(
             CommittedStep(
                 step=commit.step,
                 contributors=tuple(contributions),
-                partial_contributors=tuple(worker.rank for worker in commit.partial_contributors),
+                partial_contributors=partial,
                 hyperparameters_disagreed=round_.disagreed,
                 grad_norm=round_.grad_norm,
                 pushed_differently=round_.pushed_differently,
@@ -423,8 +425,15 @@ class Pushing:
         )
         self._job.buffers.step_committed_locked()
 
-    def _answer_locked(self, worker: Worker, round_: Round, outcome: Outcome, *, step: int) -> None:
-        commit = round_.commit
+    def _answer_locked(
+        self,
+        worker: Worker,
+        round_: Round,
+        outcome: Outcome,
+        step: int,
+        contributors: tuple[int, ...] = (),
+        partial_contributors: tuple[int, ...] = (),
+    ) -> None:
         member = self._job.company.members.get(worker)
         self._job.company.answer(
             worker,
@@ -432,8 +441,8 @@ class Pushing:
                 sequence=self._job.company.record(worker.worker_id).next_sequence,
                 step=step,
                 outcome=outcome,
-                contributors=tuple(w.rank for w in commit.contributors) if commit is not None else (),
-                partial_contributors=tuple(w.rank for w in commit.partial_contributors) if commit is not None else (),
+                contributors=contributors,
+                partial_contributors=partial_contributors,
                 hyperparameters_disagreed=round_.disagreed,
                 grad_norm=round_.grad_norm,
                 pushed_differently=round_.pushed_differently,

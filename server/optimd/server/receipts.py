@@ -16,6 +16,11 @@ class Outcome(Enum):
     DROPPED_LATE = training_pb2.STEP_OUTCOME_DROPPED_LATE
     SKIPPED_NONFINITE = training_pb2.STEP_OUTCOME_SKIPPED_NONFINITE
 
+    @classmethod
+    def of_step(cls, contributor_count: int) -> Outcome:
+        """What became of each push whose gradients are in a step with so many of them."""
+        return cls.MERGED if contributor_count > 1 else cls.APPLIED
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:

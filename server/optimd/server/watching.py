@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from optimd.server.errors import JobDeletedError, LimitExceededError
-from optimd.v1 import reading_pb2, training_pb2
+from optimd.server.receipts import Outcome, Receipt, encode_receipt
+from optimd.v1 import reading_pb2
 
 REMEMBERED_STEPS: Final = 1024
 """How many steps a watcher may fall behind."""
@@ -127,18 +128,14 @@ class StepWatch:
 def encode_step(step: CommittedStep, worker_id: str) -> reading_pb2.WatchStepsResponse:
     """`step` as the schema tells it to a worker."""
     own = next((part.sequence for part in step.contributors if part.worker_id == worker_id), None)
-    return reading_pb2.WatchStepsResponse(
-        receipt=training_pb2.StepReceipt(
-            sequence=own or 0,
-            step=step.step,
-            outcome=training_pb2.STEP_OUTCOME_MERGED
-            if len(step.contributors) > 1
-            else training_pb2.STEP_OUTCOME_APPLIED,
-            contributors=[part.rank for part in step.contributors],
-            partial_contributors=step.partial_contributors,
-            hyperparameters_disagreed=step.hyperparameters_disagreed,
-            grad_norm=step.grad_norm,
-            pushed_differently=step.pushed_differently,
-        ),
-        contributed=own is not None,
+    receipt = Receipt(
+        sequence=own or 0,
+        step=step.step,
+        outcome=Outcome.of_step(len(step.contributors)),
+        contributors=tuple(part.rank for part in step.contributors),
+        partial_contributors=step.partial_contributors,
+        hyperparameters_disagreed=step.hyperparameters_disagreed,
+        grad_norm=step.grad_norm,
+        pushed_differently=step.pushed_differently,
     )
+    return reading_pb2.WatchStepsResponse(receipt=encode_receipt(receipt), contributed=own is not None)
