@@ -200,6 +200,14 @@ class SyncAggregator:
         """None: all of them are at the same step."""
         return 0
 
+    def is_waiting(self, _worker: Worker) -> bool:
+        """Never: it is its push that waits, in the step."""
+        return False
+
+    def will_be_released(self, _worker: Worker) -> bool:
+        """Always: nobody gets ahead of the others."""
+        return True
+
     def missing(self) -> tuple[Worker, ...]:
         """The workers that the open step waits for, in order of rank."""
         return tuple(sorted(self._awaited() - self._ended))
@@ -258,6 +266,9 @@ class SyncAggregator:
             self._live.discard(worker)
             self._absent.add(worker)
         return []
+
+    def forget_push(self, _worker: Worker) -> None:
+        """Nothing: a step fails as a whole, with `forget_step`."""
 
     def forget_step(self, step: int) -> None:
         """Drops the open step, which could not be applied: `step` steps are committed, and nobody has begun a push."""

@@ -24,7 +24,6 @@ from optimd.server.membership import Membership, Verdict
 from optimd.server.policies import Aggregator
 from optimd.server.receipts import Receipt
 from optimd.server.settings import JobSettings
-from optimd.server.staleness import AsyncAggregator
 
 _LOOKING_S: Final = 0.05
 """How often a newcomer looks whether the process in its place has been heard of, which notifies nobody."""
@@ -273,8 +272,7 @@ class Company:
     def _others_occupied(self, member: Member) -> bool:
         # Who waits for slower workers has nothing under way, and may be waiting for this very one.
         return any(
-            other.occupied
-            and not (isinstance(self._aggregator, AsyncAggregator) and self._aggregator.is_waiting(worker))
+            other.occupied and not self._aggregator.is_waiting(worker)
             for worker, other in self.members.items()
             if other is not member
         )

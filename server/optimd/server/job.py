@@ -32,7 +32,6 @@ from optimd.server.pulling import Pulling
 from optimd.server.pushing import Pushing
 from optimd.server.readers import Readers, ReadHold
 from optimd.server.settings import JobSettings
-from optimd.server.staleness import AsyncAggregator
 from optimd.server.store import Store
 from optimd.server.watching import StepHistory
 from optimd.wire.layout import Bucket, Parameter
@@ -443,10 +442,8 @@ class Job:
         former.cancel()
         self._changed.notify_all()
         _log.info("job %s: rank %d (%s) is back on a new line", self.name, *member.worker)
-        if isinstance(self._aggregator, AsyncAggregator):
-            # It is given no parameters before it would have been on its old line.
-            waits = self._aggregator
-            self._company.wait(member, lambda: not waits.is_waiting(member.worker), None)
+        # It is given no parameters before it would have been on its old line.
+        self._company.wait(member, lambda: not self._aggregator.is_waiting(member.worker), None)
         is_current = base_step == self.step and not self.pulling.unseen_locked(member)
         if is_current:
             member.returned = self._standing_locked(member, self.step)

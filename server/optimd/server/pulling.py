@@ -11,7 +11,6 @@ from optimd.server.member import Member
 from optimd.server.parts import JobParts
 from optimd.server.pushing import OpenPush, Pushing
 from optimd.server.receipts import Outcome, Receipt
-from optimd.server.staleness import AsyncAggregator
 from optimd.server.stepping import Round
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket
@@ -62,9 +61,8 @@ class Pulling:
         if self._stands_still:
             return _hand_out(push, push.round)
         with self._changed:
-            aggregator = self._job.aggregator
-            may = not isinstance(aggregator, AsyncAggregator) or aggregator.will_be_released(push.member.worker)
-            if not may or not self._pushing.takes_locked(push):
+            worker = push.member.worker
+            if not self._job.aggregator.will_be_released(worker) or not self._pushing.takes_locked(push):
                 return []
             applied = _hand_out(push, push.round)
             if not self._job.settings.is_async:
@@ -129,7 +127,7 @@ class Pulling:
         with self._changed:
             if not self._needs_catch_up_locked(push):
                 return None
-            if isinstance(aggregator, AsyncAggregator):
+            if self._job.settings.is_async:
                 self._job.company.wait(push.member, lambda: not aggregator.is_waiting(worker), None)
             else:
                 with self._job.company.waiting_at_boundary():
@@ -141,7 +139,7 @@ class Pulling:
                     "an asynchronous job, replace them while no other worker is in it"
                 )
             sent = {bucket_id for bucket_id, _ in push.round.applied[: push.handed_out]} if push.round else set()
-            return CatchUp(sent=sent if isinstance(aggregator, AsyncAggregator) else set())
+            return CatchUp(sent=sent if self._job.settings.is_async else set())
 
     def next_unseen(self, member: Member, catch_up: CatchUp) -> int | None:
         """The next bucket that is new to a worker; None when it has been sent all that is.

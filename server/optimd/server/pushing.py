@@ -24,7 +24,6 @@ from optimd.server.member import Member
 from optimd.server.parts import JobParts
 from optimd.server.receipts import Outcome, Receipt
 from optimd.server.sight import Changes
-from optimd.server.staleness import AsyncAggregator
 from optimd.server.stepping import Round, Stepper
 from optimd.server.store import StagedState, Store
 from optimd.server.watching import CommittedStep, Contribution
@@ -390,7 +389,7 @@ class Pushing:
 
     def _forget_locked(self, worker: Worker | None, step: int) -> None:
         """The step could not be applied: of an asynchronous job, that of one worker."""
-        if isinstance(self._job.aggregator, AsyncAggregator) and worker is not None:
+        if worker is not None:
             self._job.aggregator.forget_push(worker)
         self._job.aggregator.forget_step(step)
 
