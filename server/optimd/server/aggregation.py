@@ -192,6 +192,10 @@ class SyncAggregator:
         """Whether a worker's part of a bucket is in the open step already."""
         return worker in self._ended or worker in self._pushed.get(bucket_id, ())
 
+    def has_pushed(self, worker: Worker) -> bool:
+        """Whether any part of a worker's push is in the open step already: a bucket, or that it is complete."""
+        return worker in self._ended or any(worker in pushed for pushed in self._pushed.values())
+
     def owed(self, worker: Worker) -> frozenset[int]:
         """The buckets that a worker has to push again, since somebody else's share of them was discarded."""
         return frozenset(self._owed.get(worker, ()))
@@ -235,7 +239,7 @@ class SyncAggregator:
                 decisions += self._discard(place)
         self._live.add(worker)
         needed = 1 if self.world_size is None else self.world_size
-        self._formed = self._formed or len(self._live | self._absent) >= needed
+        self._formed = self._formed or len(self._places()) >= needed
         return decisions + self._after_loss(begun)
 
     def leave(self, worker: Worker) -> list[Decision]:
@@ -245,7 +249,7 @@ class SyncAggregator:
         applied too, since nothing could take the applied ones back. A step of which nothing has been applied is
         abandoned.
         """
-        if worker not in self._live | self._absent:
+        if worker not in self._places():
             return []
         self._live.discard(worker)
         self._absent.discard(worker)
@@ -255,7 +259,7 @@ class SyncAggregator:
         if worker in self._begun - self._ended - self._torn:
             decisions += self._drop(worker)
         self._owed.pop(worker, None)
-        self._formed = self._formed and bool(self._live | self._absent)
+        self._formed = self._formed and bool(self._places())
         return decisions + self._after_loss(begun)
 
     def lose(self, worker: Worker) -> list[Decision]:
@@ -311,7 +315,7 @@ class SyncAggregator:
 
         Does nothing where the worker owes buckets: it has to push these and end again.
         """
-        if not self._is_pushing(worker) or (skipped and any(worker in pushed for pushed in self._pushed.values())):
+        if not self._is_pushing(worker) or (skipped and self.has_pushed(worker)):
             raise RuntimeError(f"{worker} cannot end a push")
         if self._owed.get(worker) and not skipped:
             return []
@@ -331,7 +335,7 @@ class SyncAggregator:
 
     def retract(self, worker: Worker) -> list[Decision]:
         """A worker takes back a push of which it has brought no bucket yet."""
-        if not self._is_pushing(worker) or any(worker in pushed for pushed in self._pushed.values()):
+        if not self._is_pushing(worker) or self.has_pushed(worker):
             raise RuntimeError(f"{worker} cannot take back a push")
         self._begun.discard(worker)
         self._owed.pop(worker, None)
@@ -376,6 +380,10 @@ class SyncAggregator:
 
     # --- all of the above
 
+    def _places(self) -> set[Worker]:
+        """Whose places there are: of the live, and of the lost that are awaited still."""
+        return self._live | self._absent
+
     def _awaited(self) -> set[Worker]:
         return (self._live - self._left_behind) | self._absent
 
@@ -392,7 +400,7 @@ class SyncAggregator:
         """A push that will not be completed: it stays in as far as it came where steps are streamed, else it goes."""
         if not self.streaming:
             return self._discard(worker)
-        if any(worker in pushed for pushed in self._pushed.values()):
+        if self.has_pushed(worker):
             self._torn.add(worker)
         else:
             # It had only said that it would: a step that nobody else has begun is not open.
@@ -416,14 +424,15 @@ class SyncAggregator:
                 # Whoever waits does so for pushes that have to be made again.
                 self._waited_since = None
         decisions: list[Decision] = [Discard(worker, buckets)]
+        places = self._places()
         # Whoever is gone cannot push again, not even a part of it.
-        while gone := [other for other in self._owed if other not in self._live | self._absent]:
+        while gone := [other for other in self._owed if other not in places]:
             decisions += self._discard(gone[0])
         return decisions
 
     def _after_loss(self, begun: Collection[Worker]) -> list[Decision]:
         """What follows where some of those that had `begun` may not be in the step any more."""
-        if begun and (not self._begun or not (self._live or self._absent or self._applied)):
+        if begun and (not self._begun or not (self._places() or self._applied)):
             self._reset()
             return [Abandon(tuple(sorted(begun)))]
         return self._advance()

@@ -168,10 +168,9 @@ class Pushing:
             self._job.company.check_alive(push.member)
             worker, aggregator = push.member.worker, self._job.aggregator
             # One that was resumed may have brought some on the stream before: it stays as it is.
-            brought = any(aggregator.holds(worker, bucket.bucket_id) for bucket in push.store.buckets)
-            if self.takes_locked(push) and not brought:
+            if self.takes_locked(push) and not aggregator.has_pushed(worker):
                 push.stepper.forget_content(worker)
-                self.settle_locked(self._job.aggregator.retract(worker), worker)
+                self.settle_locked(aggregator.retract(worker), worker)
                 self._changed.notify_all()
 
     def push(self, push: OpenPush, bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
@@ -225,7 +224,7 @@ class Pushing:
                 for bucket_id, present, payload in list(member.held.rest(partial(aggregator.holds, member.worker))):
                     self._contribute_locked(push, push.store.buckets[bucket_id], present, payload)
                 self.push_held_again_locked(push)
-            elif any(self._job.aggregator.holds(member.worker, bucket.bucket_id) for bucket in push.store.buckets):
+            elif self._job.aggregator.has_pushed(member.worker):
                 # Its predecessor's: this one has found the gradients infinite.
                 self.settle_locked(self._job.aggregator.withdraw(member.worker), member.worker)
             member.held.spend()

@@ -92,6 +92,11 @@ class AsyncAggregator:
         push = self._open.get(worker)
         return push is not None and bucket_id in push.pushed
 
+    def has_pushed(self, worker: Worker) -> bool:
+        """Whether a bucket of the worker's push is there already."""
+        push = self._open.get(worker)
+        return push is not None and bool(push.pushed)
+
     def owed(self, _worker: Worker) -> frozenset[int]:
         """None: nobody's gradients are added to another's."""
         return frozenset()
