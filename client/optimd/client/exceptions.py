@@ -8,6 +8,7 @@ OptimdError
 ├── JobMismatchError          (ValueError)       parameters, groups, settings or loads are not the job's
 ├── JobExistsError                               on_existing="fail", and the job exists
 ├── JobDeletedError                              the job was deleted under the worker
+├── JobRewoundError           (RuntimeError)     the server has come back with less than it had acknowledged
 ├── UnknownJobError           (LookupError)      no job of that name
 ├── WorkerInUseError                             a live worker has that worker_id or rank
 ├── SupersededError           (RuntimeError)     another process has taken this one's worker_id
@@ -17,6 +18,7 @@ OptimdError
 ├── UpdateRefusedError        (RuntimeError)     torch refused the update on the server
 ├── NonFiniteGradientError    (ArithmeticError)  nonfinite="error", and a gradient was not finite
 ├── AccumulationLostError                        the server does not hold what accumulate() gave it
+├── NotDurableError                              the server keeps nothing on disk, and was asked to
 ├── UnsupportedError                             the server does not do what was asked for
 ├── ProtocolError                                the two sides do not understand each other
 ├── InternalServerError                          a defect of the server; has an incident id
@@ -59,6 +61,14 @@ class JobDeletedError(OptimdError):
     """The job was deleted while the worker was in it."""
 
 
+class JobRewoundError(OptimdError, RuntimeError):
+    """The job stands at an earlier point than this worker was acknowledged at.
+
+    Its server was started again from what it had on disk, and that was less. With `ProxyOptions(on_rewind="follow")`
+    the worker takes the job as it is.
+    """
+
+
 class UnknownJobError(OptimdError, LookupError):
     """The server has no job of that name."""
 
@@ -93,6 +103,10 @@ class NonFiniteGradientError(OptimdError, ArithmeticError):
 
 class AccumulationLostError(OptimdError):
     """The server does not hold the gradients that `accumulate()` gave it: they have to be computed again."""
+
+
+class NotDurableError(OptimdError):
+    """The server keeps nothing on disk, and was asked for a snapshot."""
 
 
 class UnsupportedError(OptimdError):

@@ -31,6 +31,9 @@ EXCEPTION_OF_REASON: Final[dict[str, type[exceptions.OptimdError]]] = {
     "NONFINITE_GRADIENT": exceptions.NonFiniteGradientError,
     "SUPERSEDED": exceptions.SupersededError,
     "LEASE_ENDED": exceptions.ConnectionLostError,
+    "JOB_REWOUND": exceptions.JobRewoundError,
+    "STORAGE_FAILED": exceptions.ConnectionLostError,
+    "NOT_DURABLE": exceptions.NotDurableError,
 }
 """The exception that each reason is raised as."""
 

@@ -2,6 +2,7 @@
 
     ServerError
     ├── ConfigurationError        the server cannot start as it was asked to
+    │   └── DataDirError          what is in its data dir cannot be used
     └── RequestError              a call cannot be served; has a reason
         ├── InvalidFieldError     INVALID_FIELD     malformed, or contradicts the job's layout
         ├── OutOfOrderError       OUT_OF_ORDER      the protocol has no place for the message
@@ -20,7 +21,10 @@
         ├── UnsupportedError      UNSUPPORTED
         ├── UpdateRefusedError    UPDATE_REFUSED    torch refused the update
         ├── AccumulationLostError ACCUMULATION_LOST
-        └── NonFiniteGradientError  NONFINITE_GRADIENT
+        ├── NonFiniteGradientError  NONFINITE_GRADIENT
+        ├── JobRewoundError       JOB_REWOUND       the worker was told of more than the job has on disk
+        ├── StorageFailedError    STORAGE_FAILED    the data dir cannot be written to
+        └── NotDurableError       NOT_DURABLE       the server keeps nothing on disk, and was asked to
 
 Domain code never sees gRPC: `interceptor.py` translates, by the table in `optimd.wire.reasons`.
 """
@@ -36,6 +40,10 @@ class ServerError(Exception):
 
 class ConfigurationError(ServerError):
     """The server cannot start as it was asked to. The message is one sentence with the remedy."""
+
+
+class DataDirError(ConfigurationError):
+    """What is in the data dir cannot be used: another server has it, it is of another version, or it is damaged."""
 
 
 class RequestError(ServerError):
@@ -163,3 +171,21 @@ class NonFiniteGradientError(RequestError):
     """A gradient of the step is not finite, and the job was opened to refuse that."""
 
     reason = "NONFINITE_GRADIENT"
+
+
+class JobRewoundError(RequestError):
+    """The worker was told of more than the job has: its server was started again from what was on disk."""
+
+    reason = "JOB_REWOUND"
+
+
+class StorageFailedError(RequestError):
+    """The data dir cannot be written to. Nothing is applied or acknowledged that has to be there first."""
+
+    reason = "STORAGE_FAILED"
+
+
+class NotDurableError(RequestError):
+    """The server keeps nothing on disk, and was asked to."""
+
+    reason = "NOT_DURABLE"

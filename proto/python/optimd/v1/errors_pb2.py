@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optimd/v1/errors.proto\x12\toptimd.v1\"j\n\x0b\x45rrorDetail\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.optimd.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0bincident_id\x18\x04 \x01(\t*\x80\x05\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x01\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x02\x12\x1d\n\x19\x45RROR_REASON_OUT_OF_ORDER\x10\x03\x12\x1d\n\x19\x45RROR_REASON_JOB_MISMATCH\x10\x04\x12\x1c\n\x18\x45RROR_REASON_UNKNOWN_JOB\x10\x05\x12\x1b\n\x17\x45RROR_REASON_JOB_EXISTS\x10\x06\x12\x1b\n\x17\x45RROR_REASON_JOB_IN_USE\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_WORKER_IN_USE\x10\x08\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\t\x12\x1d\n\x19\x45RROR_REASON_STEP_TIMEOUT\x10\n\x12!\n\x1d\x45RROR_REASON_LOAD_NEEDS_FORCE\x10\x0b\x12\x1e\n\x1a\x45RROR_REASON_SHUTTING_DOWN\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\r\x12\x1f\n\x1b\x45RROR_REASON_UPDATE_REFUSED\x10\x0e\x12\x1c\n\x18\x45RROR_REASON_JOB_DELETED\x10\x0f\x12\"\n\x1e\x45RROR_REASON_ACCUMULATION_LOST\x10\x10\x12#\n\x1f\x45RROR_REASON_NONFINITE_GRADIENT\x10\x11\x12\x1b\n\x17\x45RROR_REASON_SUPERSEDED\x10\x12\x12\x1c\n\x18\x45RROR_REASON_LEASE_ENDED\x10\x13\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optimd/v1/errors.proto\x12\toptimd.v1\"j\n\x0b\x45rrorDetail\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.optimd.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0bincident_id\x18\x04 \x01(\t*\xdd\x05\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x01\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x02\x12\x1d\n\x19\x45RROR_REASON_OUT_OF_ORDER\x10\x03\x12\x1d\n\x19\x45RROR_REASON_JOB_MISMATCH\x10\x04\x12\x1c\n\x18\x45RROR_REASON_UNKNOWN_JOB\x10\x05\x12\x1b\n\x17\x45RROR_REASON_JOB_EXISTS\x10\x06\x12\x1b\n\x17\x45RROR_REASON_JOB_IN_USE\x10\x07\x12\x1e\n\x1a\x45RROR_REASON_WORKER_IN_USE\x10\x08\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\t\x12\x1d\n\x19\x45RROR_REASON_STEP_TIMEOUT\x10\n\x12!\n\x1d\x45RROR_REASON_LOAD_NEEDS_FORCE\x10\x0b\x12\x1e\n\x1a\x45RROR_REASON_SHUTTING_DOWN\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\r\x12\x1f\n\x1b\x45RROR_REASON_UPDATE_REFUSED\x10\x0e\x12\x1c\n\x18\x45RROR_REASON_JOB_DELETED\x10\x0f\x12\"\n\x1e\x45RROR_REASON_ACCUMULATION_LOST\x10\x10\x12#\n\x1f\x45RROR_REASON_NONFINITE_GRADIENT\x10\x11\x12\x1b\n\x17\x45RROR_REASON_SUPERSEDED\x10\x12\x12\x1c\n\x18\x45RROR_REASON_LEASE_ENDED\x10\x13\x12\x1c\n\x18\x45RROR_REASON_JOB_REWOUND\x10\x14\x12\x1f\n\x1b\x45RROR_REASON_STORAGE_FAILED\x10\x15\x12\x1c\n\x18\x45RROR_REASON_NOT_DURABLE\x10\x16\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.errors_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=146
-  _globals['_ERRORREASON']._serialized_end=786
+  _globals['_ERRORREASON']._serialized_end=879
   _globals['_ERRORDETAIL']._serialized_start=37
   _globals['_ERRORDETAIL']._serialized_end=143
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,9 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_NONFINITE_GRADIENT: _ClassVar[ErrorReason]
     ERROR_REASON_SUPERSEDED: _ClassVar[ErrorReason]
     ERROR_REASON_LEASE_ENDED: _ClassVar[ErrorReason]
+    ERROR_REASON_JOB_REWOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_STORAGE_FAILED: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_DURABLE: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_INVALID_FIELD: ErrorReason
@@ -47,6 +50,9 @@ ERROR_REASON_ACCUMULATION_LOST: ErrorReason
 ERROR_REASON_NONFINITE_GRADIENT: ErrorReason
 ERROR_REASON_SUPERSEDED: ErrorReason
 ERROR_REASON_LEASE_ENDED: ErrorReason
+ERROR_REASON_JOB_REWOUND: ErrorReason
+ERROR_REASON_STORAGE_FAILED: ErrorReason
+ERROR_REASON_NOT_DURABLE: ErrorReason
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "field", "incident_id")

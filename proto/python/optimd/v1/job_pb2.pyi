@@ -107,7 +107,7 @@ class Aggregation(_message.Message):
     def __init__(self, sync: _Optional[_Union[SyncAggregation, _Mapping]] = ..., asynchronous: _Optional[_Union[AsyncAggregation, _Mapping]] = ...) -> None: ...
 
 class OpenJob(_message.Message):
-    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step")
+    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step", "returns_with_sequence", "follows_rewind")
     JOB_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ON_EXISTING_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,8 @@ class OpenJob(_message.Message):
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_FIELD_NUMBER: _ClassVar[int]
     RETURNS_AT_STEP_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_WITH_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_REWIND_FIELD_NUMBER: _ClassVar[int]
     job: str
     worker: WorkerIdentity
     on_existing: OnExisting
@@ -130,7 +132,9 @@ class OpenJob(_message.Message):
     max_grad_norm: float
     nonfinite: NonFinite
     returns_at_step: int
-    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ...) -> None: ...
+    returns_with_sequence: int
+    follows_rewind: bool
+    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ..., returns_with_sequence: _Optional[int] = ..., follows_rewind: bool = ...) -> None: ...
 
 class CarriedState(_message.Message):
     __slots__ = ("parameter", "carried_from")
@@ -169,7 +173,7 @@ class LayoutAccepted(_message.Message):
     def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ...) -> None: ...
 
 class JobReady(_message.Message):
-    __slots__ = ("job_step", "next_sequence", "load_count", "layout_count", "rank", "lease_s", "receipt_follows")
+    __slots__ = ("job_step", "next_sequence", "load_count", "layout_count", "rank", "lease_s", "receipt_follows", "held_buckets", "rewound")
     JOB_STEP_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LOAD_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +181,8 @@ class JobReady(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    REWOUND_FIELD_NUMBER: _ClassVar[int]
     job_step: int
     next_sequence: int
     load_count: int
@@ -184,4 +190,6 @@ class JobReady(_message.Message):
     rank: int
     lease_s: float
     receipt_follows: bool
-    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ..., layout_count: _Optional[int] = ..., rank: _Optional[int] = ..., lease_s: _Optional[float] = ..., receipt_follows: bool = ...) -> None: ...
+    held_buckets: bytes
+    rewound: bool
+    def __init__(self, job_step: _Optional[int] = ..., next_sequence: _Optional[int] = ..., load_count: _Optional[int] = ..., layout_count: _Optional[int] = ..., rank: _Optional[int] = ..., lease_s: _Optional[float] = ..., receipt_follows: bool = ..., held_buckets: _Optional[bytes] = ..., rewound: bool = ...) -> None: ...

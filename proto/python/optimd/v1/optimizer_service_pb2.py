@@ -26,7 +26,7 @@ from optimd.v1 import reading_pb2 as optimd_dot_v1_dot_reading__pb2
 from optimd.v1 import training_pb2 as optimd_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!optimd/v1/optimizer_service.proto\x12\toptimd.v1\x1a\x17optimd/v1/reading.proto\x1a\x18optimd/v1/training.proto2\x8b\x03\n\x10OptimizerService\x12X\n\x0fGetCapabilities\x12!.optimd.v1.GetCapabilitiesRequest\x1a\".optimd.v1.GetCapabilitiesResponse\x12\x46\n\tHeartbeat\x12\x1b.optimd.v1.HeartbeatRequest\x1a\x1c.optimd.v1.HeartbeatResponse\x12>\n\x05Train\x12\x17.optimd.v1.TrainRequest\x1a\x18.optimd.v1.TrainResponse(\x01\x30\x01\x12H\n\tReadState\x12\x1b.optimd.v1.ReadStateRequest\x1a\x1c.optimd.v1.ReadStateResponse0\x01\x12K\n\nWatchSteps\x12\x1c.optimd.v1.WatchStepsRequest\x1a\x1d.optimd.v1.WatchStepsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!optimd/v1/optimizer_service.proto\x12\toptimd.v1\x1a\x17optimd/v1/reading.proto\x1a\x18optimd/v1/training.proto2\xd0\x03\n\x10OptimizerService\x12X\n\x0fGetCapabilities\x12!.optimd.v1.GetCapabilitiesRequest\x1a\".optimd.v1.GetCapabilitiesResponse\x12\x46\n\tHeartbeat\x12\x1b.optimd.v1.HeartbeatRequest\x1a\x1c.optimd.v1.HeartbeatResponse\x12>\n\x05Train\x12\x17.optimd.v1.TrainRequest\x1a\x18.optimd.v1.TrainResponse(\x01\x30\x01\x12H\n\tReadState\x12\x1b.optimd.v1.ReadStateRequest\x1a\x1c.optimd.v1.ReadStateResponse0\x01\x12K\n\nWatchSteps\x12\x1c.optimd.v1.WatchStepsRequest\x1a\x1d.optimd.v1.WatchStepsResponse0\x01\x12\x43\n\x08Snapshot\x12\x1a.optimd.v1.SnapshotRequest\x1a\x1b.optimd.v1.SnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,5 +34,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.optimizer_service
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPTIMIZERSERVICE']._serialized_start=100
-  _globals['_OPTIMIZERSERVICE']._serialized_end=495
+  _globals['_OPTIMIZERSERVICE']._serialized_end=564
 # @@protoc_insertion_point(module_scope)

@@ -67,6 +67,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optimd_dot_v1_dot_reading__pb2.WatchStepsRequest.SerializeToString,
                 response_deserializer=optimd_dot_v1_dot_reading__pb2.WatchStepsResponse.FromString,
                 _registered_method=True)
+        self.Snapshot = channel.unary_unary(
+                '/optimd.v1.OptimizerService/Snapshot',
+                request_serializer=optimd_dot_v1_dot_reading__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=optimd_dot_v1_dot_reading__pb2.SnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class OptimizerServiceServicer(object):
@@ -116,8 +121,8 @@ class OptimizerServiceServicer(object):
         Idempotency and retries. (job, worker_id, sequence, bucket) is applied at most once. A worker whose stream broke
         opens the job again with the same `worker_id` and incarnation and `returns_at_step`, and JobReady tells it
         `job_step` and `next_sequence`: if that is past its push's sequence number, the push is answered, and the StepReceipt
-        that it missed follows JobReady. Else it sends the whole push again, as it was: what the server has of it
-        is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
+        that it missed follows JobReady. Else it sends the push again, as it was, without the buckets that JobReady says are
+        there (`resumed`) or with them: what the server has of it is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
         gradients that it computes for the same sequence number.
 
         A worker that is lost in the middle of a push (its lease ended, or another process took its place) is no contributor
@@ -141,7 +146,9 @@ class OptimizerServiceServicer(object):
         - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
         - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
         - ABORTED (JOB_DELETED): an operator deleted the job, or a process returns to one that is not there any more.
-        (SUPERSEDED): another process has taken the worker's id.
+        (SUPERSEDED): another process has taken the worker's id. (JOB_REWOUND): the server was started again from what it
+        had on disk, and that is not all that the worker was told of.
+        - UNAVAILABLE (STORAGE_FAILED): the server cannot write what has to be on disk first.
         - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -185,6 +192,21 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Snapshot(self, request, context):
+        """Has the server write a snapshot of a job to its data dir, and waits until it is there. Training goes on meanwhile.
+
+        Idempotent: a retry writes another one.
+
+        Errors:
+        - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+        - FAILED_PRECONDITION (NOT_DURABLE): the server has no data dir, or keeps none of its jobs there.
+        - UNAVAILABLE (STORAGE_FAILED): it could not be written; the message says why. The ones before it are as they were.
+        - ABORTED (JOB_DELETED): the job was deleted meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OptimizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -212,6 +234,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.WatchSteps,
                     request_deserializer=optimd_dot_v1_dot_reading__pb2.WatchStepsRequest.FromString,
                     response_serializer=optimd_dot_v1_dot_reading__pb2.WatchStepsResponse.SerializeToString,
+            ),
+            'Snapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.Snapshot,
+                    request_deserializer=optimd_dot_v1_dot_reading__pb2.SnapshotRequest.FromString,
+                    response_serializer=optimd_dot_v1_dot_reading__pb2.SnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -356,6 +383,33 @@ class OptimizerService(object):
             '/optimd.v1.OptimizerService/WatchSteps',
             optimd_dot_v1_dot_reading__pb2.WatchStepsRequest.SerializeToString,
             optimd_dot_v1_dot_reading__pb2.WatchStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Snapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optimd.v1.OptimizerService/Snapshot',
+            optimd_dot_v1_dot_reading__pb2.SnapshotRequest.SerializeToString,
+            optimd_dot_v1_dot_reading__pb2.SnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,8 +70,8 @@ class OptimizerServiceStub:
     Idempotency and retries. (job, worker_id, sequence, bucket) is applied at most once. A worker whose stream broke
     opens the job again with the same `worker_id` and incarnation and `returns_at_step`, and JobReady tells it
     `job_step` and `next_sequence`: if that is past its push's sequence number, the push is answered, and the StepReceipt
-    that it missed follows JobReady. Else it sends the whole push again, as it was: what the server has of it
-    is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
+    that it missed follows JobReady. Else it sends the push again, as it was, without the buckets that JobReady says are
+    there (`resumed`) or with them: what the server has of it is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
     gradients that it computes for the same sequence number.
 
     A worker that is lost in the middle of a push (its lease ended, or another process took its place) is no contributor
@@ -95,7 +95,9 @@ class OptimizerServiceStub:
     - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
     - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
     - ABORTED (JOB_DELETED): an operator deleted the job, or a process returns to one that is not there any more.
-      (SUPERSEDED): another process has taken the worker's id.
+      (SUPERSEDED): another process has taken the worker's id. (JOB_REWOUND): the server was started again from what it
+      had on disk, and that is not all that the worker was told of.
+    - UNAVAILABLE (STORAGE_FAILED): the server cannot write what has to be on disk first.
     - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
     """
     ReadState: _grpc.UnaryStreamMultiCallable[_reading_pb2.ReadStateRequest, _reading_pb2.ReadStateResponse]
@@ -126,6 +128,17 @@ class OptimizerServiceStub:
     - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
     - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
     - ABORTED (JOB_DELETED): the job was deleted.
+    """
+    Snapshot: _grpc.UnaryUnaryMultiCallable[_reading_pb2.SnapshotRequest, _reading_pb2.SnapshotResponse]
+    """Has the server write a snapshot of a job to its data dir, and waits until it is there. Training goes on meanwhile.
+
+    Idempotent: a retry writes another one.
+
+    Errors:
+    - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+    - FAILED_PRECONDITION (NOT_DURABLE): the server has no data dir, or keeps none of its jobs there.
+    - UNAVAILABLE (STORAGE_FAILED): it could not be written; the message says why. The ones before it are as they were.
+    - ABORTED (JOB_DELETED): the job was deleted meanwhile.
     """
 
 @_typing.type_check_only
@@ -169,8 +182,8 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     Idempotency and retries. (job, worker_id, sequence, bucket) is applied at most once. A worker whose stream broke
     opens the job again with the same `worker_id` and incarnation and `returns_at_step`, and JobReady tells it
     `job_step` and `next_sequence`: if that is past its push's sequence number, the push is answered, and the StepReceipt
-    that it missed follows JobReady. Else it sends the whole push again, as it was: what the server has of it
-    is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
+    that it missed follows JobReady. Else it sends the push again, as it was, without the buckets that JobReady says are
+    there (`resumed`) or with them: what the server has of it is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
     gradients that it computes for the same sequence number.
 
     A worker that is lost in the middle of a push (its lease ended, or another process took its place) is no contributor
@@ -194,7 +207,9 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
     - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
     - ABORTED (JOB_DELETED): an operator deleted the job, or a process returns to one that is not there any more.
-      (SUPERSEDED): another process has taken the worker's id.
+      (SUPERSEDED): another process has taken the worker's id. (JOB_REWOUND): the server was started again from what it
+      had on disk, and that is not all that the worker was told of.
+    - UNAVAILABLE (STORAGE_FAILED): the server cannot write what has to be on disk first.
     - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
     """
     ReadState: _aio.UnaryStreamMultiCallable[_reading_pb2.ReadStateRequest, _reading_pb2.ReadStateResponse]  # type: ignore[assignment]
@@ -225,6 +240,17 @@ class OptimizerServiceAsyncStub(OptimizerServiceStub):
     - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
     - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
     - ABORTED (JOB_DELETED): the job was deleted.
+    """
+    Snapshot: _aio.UnaryUnaryMultiCallable[_reading_pb2.SnapshotRequest, _reading_pb2.SnapshotResponse]  # type: ignore[assignment]
+    """Has the server write a snapshot of a job to its data dir, and waits until it is there. Training goes on meanwhile.
+
+    Idempotent: a retry writes another one.
+
+    Errors:
+    - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+    - FAILED_PRECONDITION (NOT_DURABLE): the server has no data dir, or keeps none of its jobs there.
+    - UNAVAILABLE (STORAGE_FAILED): it could not be written; the message says why. The ones before it are as they were.
+    - ABORTED (JOB_DELETED): the job was deleted meanwhile.
     """
 
 class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -283,8 +309,8 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         Idempotency and retries. (job, worker_id, sequence, bucket) is applied at most once. A worker whose stream broke
         opens the job again with the same `worker_id` and incarnation and `returns_at_step`, and JobReady tells it
         `job_step` and `next_sequence`: if that is past its push's sequence number, the push is answered, and the StepReceipt
-        that it missed follows JobReady. Else it sends the whole push again, as it was: what the server has of it
-        is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
+        that it missed follows JobReady. Else it sends the push again, as it was, without the buckets that JobReady says are
+        there (`resumed`) or with them: what the server has of it is passed over. So does a successor of the process, which has a new incarnation and no `returns_at_step`, with the
         gradients that it computes for the same sequence number.
 
         A worker that is lost in the middle of a push (its lease ended, or another process took its place) is no contributor
@@ -308,7 +334,9 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         - DEADLINE_EXCEEDED (STEP_TIMEOUT): the others did not come; the message names the ranks that are missing.
         - Only ever `refused`: ACCUMULATION_LOST, NONFINITE_GRADIENT, LOAD_NEEDS_FORCE.
         - ABORTED (JOB_DELETED): an operator deleted the job, or a process returns to one that is not there any more.
-          (SUPERSEDED): another process has taken the worker's id.
+          (SUPERSEDED): another process has taken the worker's id. (JOB_REWOUND): the server was started again from what it
+          had on disk, and that is not all that the worker was told of.
+        - UNAVAILABLE (STORAGE_FAILED): the server cannot write what has to be on disk first.
         - UNIMPLEMENTED (UNSUPPORTED): an option that the server does not have.
         """
 
@@ -351,6 +379,23 @@ class OptimizerServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
         - RESOURCE_EXHAUSTED (LIMIT_EXCEEDED): see above, or too many watchers at once.
         - ABORTED (JOB_DELETED): the job was deleted.
+        """
+
+    @_abc_1.abstractmethod
+    def Snapshot(
+        self,
+        request: _reading_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_reading_pb2.SnapshotResponse, _abc.Awaitable[_reading_pb2.SnapshotResponse]]:
+        """Has the server write a snapshot of a job to its data dir, and waits until it is there. Training goes on meanwhile.
+
+        Idempotent: a retry writes another one.
+
+        Errors:
+        - NOT_FOUND (UNKNOWN_JOB): no job of that name, or its values have not been uploaded yet.
+        - FAILED_PRECONDITION (NOT_DURABLE): the server has no data dir, or keeps none of its jobs there.
+        - UNAVAILABLE (STORAGE_FAILED): it could not be written; the message says why. The ones before it are as they were.
+        - ABORTED (JOB_DELETED): the job was deleted meanwhile.
         """
 
 def add_OptimizerServiceServicer_to_server(servicer: OptimizerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,3 +1,4 @@
+from optimd.v1 import job_pb2 as _job_pb2
 from optimd.v1 import state_dict_pb2 as _state_dict_pb2
 from optimd.v1 import tensor_pb2 as _tensor_pb2
 from optimd.v1 import training_pb2 as _training_pb2
@@ -52,24 +53,70 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, in_job: bool = ...) -> None: ...
 
 class ReadStateRequest(_message.Message):
-    __slots__ = ("job", "parameters", "tensors")
+    __slots__ = ("job", "parameters", "tensors", "description", "buffers")
     JOB_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_FIELD_NUMBER: _ClassVar[int]
     job: str
     parameters: _containers.RepeatedScalarFieldContainer[int]
     tensors: _containers.RepeatedScalarFieldContainer[_tensor_pb2.TensorKind]
-    def __init__(self, job: _Optional[str] = ..., parameters: _Optional[_Iterable[int]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorKind, str]]] = ...) -> None: ...
+    description: bool
+    buffers: bool
+    def __init__(self, job: _Optional[str] = ..., parameters: _Optional[_Iterable[int]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorKind, str]]] = ..., description: bool = ..., buffers: bool = ...) -> None: ...
+
+class JobDescription(_message.Message):
+    __slots__ = ("step", "aggregation", "apply", "bucket_bytes", "max_grad_norm", "nonfinite")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    aggregation: _job_pb2.Aggregation
+    apply: _job_pb2.ApplyMode
+    bucket_bytes: int
+    max_grad_norm: float
+    nonfinite: _job_pb2.NonFinite
+    def __init__(self, step: _Optional[int] = ..., aggregation: _Optional[_Union[_job_pb2.Aggregation, _Mapping]] = ..., apply: _Optional[_Union[_job_pb2.ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[_job_pb2.NonFinite, str]] = ...) -> None: ...
 
 class ReadStateResponse(_message.Message):
-    __slots__ = ("state_dict", "bucket", "payload")
+    __slots__ = ("state_dict", "bucket", "description", "layout", "bucket_table", "buffers", "buffer_chunk", "payload")
     STATE_DICT_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_CHUNK_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     state_dict: _state_dict_pb2.StateDictPage
     bucket: _tensor_pb2.TensorBucket
+    description: JobDescription
+    layout: _job_pb2.LayoutPage
+    bucket_table: _tensor_pb2.BucketTablePage
+    buffers: _training_pb2.BuffersPage
+    buffer_chunk: _tensor_pb2.BufferChunk
     payload: bytes
-    def __init__(self, state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., description: _Optional[_Union[JobDescription, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., buffers: _Optional[_Union[_training_pb2.BuffersPage, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    def __init__(self, job: _Optional[str] = ...) -> None: ...
+
+class SnapshotResponse(_message.Message):
+    __slots__ = ("step", "path", "nbytes")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    path: str
+    nbytes: int
+    def __init__(self, step: _Optional[int] = ..., path: _Optional[str] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class WatchStepsRequest(_message.Message):
     __slots__ = ("job", "worker_id", "after_step")

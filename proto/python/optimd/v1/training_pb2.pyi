@@ -26,7 +26,7 @@ STEP_OUTCOME_MERGED: StepOutcome
 STEP_OUTCOME_DROPPED_LATE: StepOutcome
 
 class StepBegin(_message.Message):
-    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients")
+    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients", "resumed")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     GROUP_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class StepBegin(_message.Message):
     GRAD_SCALE_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base_step: int
     group_count: int
@@ -49,7 +50,8 @@ class StepBegin(_message.Message):
     grad_scale: float
     skipped: bool
     without_gradients: bool
-    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ...) -> None: ...
+    resumed: bool
+    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ..., resumed: bool = ...) -> None: ...
 
 class StepEnd(_message.Message):
     __slots__ = ("bucket_count",)

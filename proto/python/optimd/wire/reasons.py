@@ -33,6 +33,9 @@ STATUS_OF_REASON: Final[dict[str, str]] = {
     "NONFINITE_GRADIENT": "INVALID_ARGUMENT",
     "SUPERSEDED": "ABORTED",
     "LEASE_ENDED": "UNAVAILABLE",
+    "JOB_REWOUND": "ABORTED",
+    "STORAGE_FAILED": "UNAVAILABLE",
+    "NOT_DURABLE": "FAILED_PRECONDITION",
 }
 """The gRPC status of each reason, by the schema's names without their prefix."""
 
