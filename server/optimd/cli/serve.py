@@ -24,6 +24,26 @@ def serve(
     max_jobs: Annotated[int, typer.Option(help=ServerConfig.help_of("max_jobs"))] = _DEFAULTS.max_jobs,
     max_job_bytes: Annotated[int, typer.Option(help=ServerConfig.help_of("max_job_bytes"))] = _DEFAULTS.max_job_bytes,
     insecure: Annotated[bool, typer.Option(help=ServerConfig.help_of("insecure"))] = _DEFAULTS.insecure,
+    data_dir: Annotated[str, typer.Option(help=ServerConfig.help_of("data_dir"))] = _DEFAULTS.data_dir,
+    durability: Annotated[str, typer.Option(help=ServerConfig.help_of("durability"))] = _DEFAULTS.durability,
+    fsync: Annotated[str, typer.Option(help=ServerConfig.help_of("fsync"))] = _DEFAULTS.fsync,
+    fsync_interval_s: Annotated[
+        float, typer.Option(help=ServerConfig.help_of("fsync_interval_s"))
+    ] = _DEFAULTS.fsync_interval_s,
+    snapshot_steps: Annotated[
+        int, typer.Option(help=ServerConfig.help_of("snapshot_steps"))
+    ] = _DEFAULTS.snapshot_steps,
+    snapshot_s: Annotated[float, typer.Option(help=ServerConfig.help_of("snapshot_s"))] = _DEFAULTS.snapshot_s,
+    snapshots_kept: Annotated[
+        int, typer.Option(help=ServerConfig.help_of("snapshots_kept"))
+    ] = _DEFAULTS.snapshots_kept,
+    journal_max_bytes: Annotated[
+        int, typer.Option(help=ServerConfig.help_of("journal_max_bytes"))
+    ] = _DEFAULTS.journal_max_bytes,
+    journal_segment_bytes: Annotated[
+        int, typer.Option(help=ServerConfig.help_of("journal_segment_bytes"))
+    ] = _DEFAULTS.journal_segment_bytes,
+    accept_loss: Annotated[bool, typer.Option(help=ServerConfig.help_of("accept_loss"))] = _DEFAULTS.accept_loss,
     drain_timeout_s: Annotated[
         float, typer.Option(help=ServerConfig.help_of("drain_timeout_s"))
     ] = _DEFAULTS.drain_timeout_s,
@@ -35,7 +55,8 @@ def serve(
 ) -> None:
     """Hold training jobs' parameters and optimizer state, and step them, until SIGTERM or SIGINT.
 
-    Jobs live in memory: they end with the server. A first signal waits for open steps, a second one does not.
+    With --data-dir jobs outlive the server, whatever becomes of it; without, they end with it. A first signal waits for
+    open steps, a second one does not.
     """
     config = ServerConfig(
         address=address,
@@ -47,6 +68,16 @@ def serve(
         max_jobs=max_jobs,
         max_job_bytes=max_job_bytes,
         insecure=insecure,
+        data_dir=data_dir,
+        durability=durability,
+        fsync=fsync,
+        fsync_interval_s=fsync_interval_s,
+        snapshot_steps=snapshot_steps,
+        snapshot_s=snapshot_s,
+        snapshots_kept=snapshots_kept,
+        journal_max_bytes=journal_max_bytes,
+        journal_segment_bytes=journal_segment_bytes,
+        accept_loss=accept_loss,
         drain_timeout_s=drain_timeout_s,
         health=health,
     )

@@ -40,6 +40,7 @@ class Accumulating:
             self._job.content.check_counts(member.worker.rank, group_count=group_count, layout_count=layout_count)
             if micro > member.held.micro:
                 held = member.held.micro
+                self._job.journal.accumulation_ended(member.worker, 0, discards=True)
                 member.held.forget()
                 raise AccumulationLostError(
                     f"rank {member.worker.rank} has accumulated {micro} times for its next step, the server holds "
@@ -63,7 +64,16 @@ class Accumulating:
         """
         with self._changed:
             self._job.company.check_alive(member)
-            member.held.add(bucket, present, payload, self._job.content.store.device)
+            if not member.held.has_added(bucket.bucket_id):
+                self._job.journal.gradients_held(
+                    member.worker,
+                    sequence=self._job.company.record(member.worker.worker_id).next_sequence,
+                    micro=member.held.micro,
+                    bucket=bucket,
+                    present=present,
+                    payload=payload,
+                )
+                member.held.add(bucket, present, payload, self._job.content.store.device)
 
     def end(self, member: Member) -> None:
         """A worker has brought all gradients of one accumulation.
@@ -73,6 +83,7 @@ class Accumulating:
         """
         with self._changed:
             self._job.company.check_alive(member)
+            self._job.journal.accumulation_ended(member.worker, member.held.micro + 1)
             member.held.end_accumulation()
 
     def discard(self, member: Member, *, sequence: int, micro: int) -> int:
@@ -89,9 +100,11 @@ class Accumulating:
             self._job.company.check_sequence(member, "DiscardAccumulated", sequence)
             if micro > member.held.micro:
                 # What was held has gone with a line that broke: nothing is held, which is what was asked for.
+                self._job.journal.accumulation_ended(member.worker, 0, discards=True)
                 member.held.forget()
                 return 0
             if micro == member.held.micro:
+                self._job.journal.accumulation_ended(member.worker, micro + 1, discards=True)
                 member.held.discard()
                 member.held.micro += 1
             return micro + 1

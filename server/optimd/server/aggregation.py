@@ -8,7 +8,7 @@ out and holds the tensors. `SyncAggregator` is here, its asynchronous twin in `s
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -241,6 +241,33 @@ class SyncAggregator:
         needed = 1 if self.world_size is None else self.world_size
         self._formed = self._formed or len(self._places()) >= needed
         return decisions + self._after_loss(begun)
+
+    def restore(self, *, step: int, live: Collection[Worker], absent: Collection[Worker], formed: bool) -> None:
+        """Goes on where another one stood between two steps.
+
+        Args:
+            step: The number of committed steps.
+            live: Who is in the job.
+            absent: Who was lost and is awaited still.
+            formed: Whether pushes may begin.
+        """
+        self.step = step
+        self._live, self._absent, self._formed = set(live), set(absent), formed
+
+    def restore_step(self, applied: Mapping[int, Collection[Worker]]) -> None:
+        """Goes on in a streamed step of which these buckets have been applied, with these contributors.
+
+        Nothing else of it is there: who is in the job still has to come back and push the rest.
+        """
+        self._pushed = {bucket_id: set(workers) for bucket_id, workers in applied.items()}
+        self._applied = set(applied)
+        self._begun = set().union(*self._pushed.values())
+        self._torn = self._begun - self._live
+
+    @property
+    def absent(self) -> frozenset[Worker]:
+        """The workers that are lost and awaited still."""
+        return frozenset(self._absent)
 
     def leave(self, worker: Worker) -> list[Decision]:
         """A worker has left for good. Unknown workers are ignored.

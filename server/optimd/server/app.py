@@ -14,10 +14,13 @@ import grpc
 import torch
 
 from optimd.server.config import ServerConfig
+from optimd.server.datadir import DataDir
 from optimd.server.errors import ConfigurationError
+from optimd.server.files import Files
 from optimd.server.interceptor import ErrorTranslation
 from optimd.server.registry import JobRegistry
 from optimd.server.services import AdminService, Limits, OptimizerService
+from optimd.server.storage import Storage, StorageSettings
 from optimd.server.timekeeper import TimeKeeper
 from optimd.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 
@@ -59,12 +62,13 @@ class Server:
 
     Args:
         config: Its settings.
+        files: What it keeps its jobs in; None for the system's files.
 
     Raises:
-        ConfigurationError: its device is not there.
+        ConfigurationError: its device is not there, or its data dir cannot be used.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, *, files: Files | None = None) -> None:
         self._config = config
         self.device = config.resolved_device()
         limits = Limits(
@@ -73,12 +77,14 @@ class Server:
             max_jobs=config.max_jobs,
             max_job_bytes=config.resolved_max_job_bytes(),
         )
+        self._storage = _storage(config, self.device, files) if config.keeps_jobs else None
         self.registry = JobRegistry(
             self.device,
             max_jobs=limits.max_jobs,
             max_job_bytes=limits.max_job_bytes,
             max_job_workers=limits.max_job_workers,
             lease_s=config.lease_s,
+            storage=self._storage,
         )
         self._keeper = TimeKeeper(self.registry, period_s=min(_TICK_S, config.lease_s / 4))
         self._service = OptimizerService(self.registry, limits)
@@ -96,15 +102,16 @@ class Server:
         self.address = config.address
 
     def start(self) -> str:
-        """Binds the address and begins to serve. Does not wait.
+        """Brings back the jobs of the data dir, binds the address and begins to serve.
 
         Returns:
             The address as bound: with the port that was taken for port 0.
 
         Raises:
-            ConfigurationError: the address cannot be bound.
+            ConfigurationError: the address cannot be bound, or a job cannot be brought back.
         """
         torch.set_num_threads(self._config.resolved_threads())
+        self.registry.recover()
         path = self._config.socket_path
         try:
             if path is not None:
@@ -130,6 +137,11 @@ class Server:
         if self._health is not None:
             self._health.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain_timeout_s
+        if self._storage is not None:
+            # A job that waits for a full disk does so with its lock held.
+            patience = threading.Timer(self._config.drain_timeout_s, self._storage.stopping.set)
+            patience.daemon = True
+            patience.start()
         for job in self.registry.all():
             if not job.drain(max(0.0, deadline - time.monotonic())):
                 _log.warning("job %s: stopped in the middle of step %d", job.name, job.step + 1)
@@ -139,9 +151,27 @@ class Server:
         # C++ code, and the process aborts instead of exiting with 0.
         for thread in self._grpc_threads:
             thread.join(_THREAD_END_S)
+        if self._storage is not None:
+            self._storage.stopping.set()
+            self._storage.close()
         path = self._config.socket_path
         if path is not None:
             path.unlink(missing_ok=True)
+
+
+def _storage(config: ServerConfig, device: torch.device, files: Files | None) -> Storage:
+    settings = StorageSettings(
+        durability="log" if config.durability == "log" else "snapshot",
+        fsync=config.fsync,  # type: ignore[arg-type]  # checked by the config
+        fsync_interval_s=config.fsync_interval_s,
+        snapshot_steps=config.snapshot_steps,
+        snapshot_s=config.snapshot_s,
+        snapshots_kept=config.snapshots_kept,
+        journal_max_bytes=config.journal_max_bytes,
+        segment_bytes=config.journal_segment_bytes,
+        accept_loss=config.accept_loss,
+    )
+    return Storage(DataDir(Path(config.data_dir), files), settings, device)
 
 
 def _add_standard_services(server: grpc.Server) -> HealthServicer:

@@ -41,6 +41,7 @@ class Bringing:
         self._content = parts.content
         self._aggregator = parts.aggregator
         self._readers = parts.readers
+        self._journal = parts.journal
         self._check_room = parts.check_room
         self._on_replaced = on_replaced
 
@@ -50,7 +51,7 @@ class Bringing:
         groups: Sequence[dict[str, Any]],
         sizes: Sequence[int],
         parameters: Sequence[Parameter],
-    ) -> list[Bucket]:
+    ) -> Sequence[Bucket]:
         """Adds param groups with their parameters. The values are undefined until the worker has written them.
 
         Until `grown` is called nobody is let in, begins a push or reads; if the worker leaves before that, what it
@@ -142,6 +143,7 @@ class Bringing:
             self._company.check_alive(member)
             if self._company.bringing is not member:
                 raise OutOfOrderError("the worker has left the job")
+            self._journal.layout_brought(self._content.brought())
             self._company.bringing = None
             if self._content.settle():
                 self._on_replaced()
@@ -265,6 +267,7 @@ class Bringing:
         with self._changed:
             self._readers.wait()
             self._company.check_alive(member)
+            self._journal.state_brought(staged, groups, digest, self._content.store)
             self._content.load(staged, groups, digest)
             for other in self._company.members.values():
                 other.give(groups[: len(other.groups)])

@@ -11,6 +11,7 @@ import torch
 
 from optimd.server.aggregation import Worker
 from optimd.server.errors import JobMismatchError, LimitExceededError, OutOfOrderError
+from optimd.server.journal import JobJournal
 from optimd.server.member import Member
 from optimd.wire.buffers import Buffer, BufferValues, first_buffer_difference
 
@@ -64,6 +65,7 @@ class JobBuffers:
         changed: The job's condition.
         wait_locked: The job's: waits on behalf of a worker until a condition holds.
         clock: Tells the time, in seconds; it never goes back.
+        journal: The job's.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class JobBuffers:
         changed: threading.Condition,
         wait_locked: Callable[[Member, Callable[[], bool], Callable[[], str]], None],
         clock: Callable[[], float],
+        journal: JobJournal,
     ) -> None:
+        self._journal = journal
         self._changed = changed
         self._wait_locked = wait_locked
         self._clock = clock
@@ -87,6 +91,14 @@ class JobBuffers:
     def nbytes_locked(self) -> int:
         """What they take, the copy that is received while the one before it is held included."""
         return self._bringing_bytes + (2 * self._values.nbytes if self._values is not None else 0)
+
+    def values_locked(self) -> BufferValues | None:
+        """The values, which are never written to; None where no worker has attached any."""
+        return self._values
+
+    def restore(self, values: BufferValues) -> None:
+        """Holds values again that were held before a restart. Nobody uses the job yet."""
+        self._values = values
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The values by name, on the CPU, row-major; empty where no worker has attached any. Not to be written to."""
@@ -156,11 +168,12 @@ class JobBuffers:
             OutOfOrderError: it has left the job meanwhile.
         """
         with self._changed:
+            if self._bringing is not member and self._refresh.asked != member.worker:
+                raise OutOfOrderError("the worker has left the job")
+            self._journal.buffers_brought(values)
             if self._bringing is member:
                 self._bringing, self._bringing_bytes = None, 0
                 self._attach_locked(member)
-            elif self._refresh.asked != member.worker:
-                raise OutOfOrderError("the worker has left the job")
             self._values = values
             self._refresh.updated(self._clock())
             self._changed.notify_all()

@@ -77,6 +77,10 @@ class Company:
         """What the job remembers of a worker_id."""
         return self._records.setdefault(worker_id, WorkerRecord())
 
+    def records(self) -> dict[str, WorkerRecord]:
+        """What the job remembers, by worker_id. The job's own dict."""
+        return self._records
+
     def answer(self, worker: Worker, receipt: Receipt) -> None:
         """A worker's push is over: the next one is due."""
         record = self.record(worker.worker_id)

@@ -14,6 +14,8 @@ import torch
 from optimd.server.errors import ConfigurationError
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50551"
+DURABILITIES: Final = ("off", "snapshot", "log")
+FSYNCS: Final = ("never", "step", "interval")
 _UNIX: Final = "unix://"
 # What a job may take of the machine's memory where nobody says otherwise.
 _MEMORY_SHARE: Final = 0.8
@@ -52,6 +54,40 @@ class ServerConfig:
     insecure: bool = setting(
         default=False, text="Speak plaintext beyond loopback addresses and Unix sockets, on a network that you trust."
     )
+    data_dir: str = setting(
+        "", "The folder to keep jobs in, so that they outlive this server. Empty: they live in memory and end with it."
+    )
+    durability: str = setting(
+        "log",
+        "What is kept in the data dir: log (every step, before it is acknowledged), snapshot (a copy now and then: a "
+        "server that dies goes back to the last one) or off.",
+    )
+    fsync: str = setting(
+        "step",
+        "When the journal is forced to the disk: step (before a step is acknowledged: power loss loses nothing), "
+        "interval (every --fsync-interval-s) or never (the death of the server loses nothing, power loss may).",
+    )
+    fsync_interval_s: float = setting(
+        1.0, "How often the journal is forced to the disk with --fsync interval, in seconds."
+    )
+    snapshot_steps: int = setting(0, "Take a snapshot of a job every so many steps. 0: by time and size alone.")
+    snapshot_s: float = setting(
+        600.0, "Take a snapshot of a job that has changed every so many seconds. 0: never by time."
+    )
+    snapshots_kept: int = setting(
+        2, "How many snapshots of a job to keep. One that is damaged is stood in for by the last."
+    )
+    journal_max_bytes: int = setting(
+        0,
+        "Take a snapshot when a job's journal has grown by this. 0: four times its values and state, at least 256 MiB.",
+    )
+    journal_segment_bytes: int = setting(
+        64 * 1024 * 1024, "How long a file of a journal gets before the next is begun."
+    )
+    accept_loss: bool = setting(
+        default=False,
+        text="Go on from what stands before a damaged record. What stands behind it is deleted: copy the folder first.",
+    )
     drain_timeout_s: float = setting(10.0, "How long a stopping server waits for open steps, in seconds.")
     health: bool = setting(
         default=True, text="Serve the standard health and reflection services. They need optimd[server]."
@@ -63,7 +99,24 @@ class ServerConfig:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0.1 <= self.lease_s <= threading.TIMEOUT_MAX:
             raise ConfigurationError(f"lease_s is {self.lease_s}; it must be at least 0.1 seconds")
-        for name in ("threads", "max_job_workers", "max_job_bytes", "drain_timeout_s"):
+        for name, choices in (("durability", DURABILITIES), ("fsync", FSYNCS)):
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if not 0.01 <= self.fsync_interval_s <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"fsync_interval_s is {self.fsync_interval_s}; it must be at least 0.01 seconds")
+        for name in ("snapshots_kept", "journal_segment_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.snapshot_s <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"snapshot_s is {self.snapshot_s}; it must be a number of seconds, or 0")
+        for name in (
+            "threads",
+            "max_job_workers",
+            "max_job_bytes",
+            "drain_timeout_s",
+            "snapshot_steps",
+            "journal_max_bytes",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must not be negative")
         # A NaN is not negative either.
@@ -82,6 +135,11 @@ class ServerConfig:
     def help_of(cls, name: str) -> str:
         """What the setting `name` means, for a `--help`."""
         return next(str(item.metadata["help"]) for item in fields(cls) if item.name == name)
+
+    @property
+    def keeps_jobs(self) -> bool:
+        """Whether jobs are kept on disk."""
+        return bool(self.data_dir) and self.durability != "off"
 
     @property
     def socket_path(self) -> Path | None:

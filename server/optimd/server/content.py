@@ -25,6 +25,22 @@ class _Replacement:
     carried: Sequence[tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brought:
+    """Parameters that have been brought and whose values are there: what is about to be in force."""
+
+    replaces: bool
+    """Whether they come in the place of all others."""
+    store: Store
+    """Where they are."""
+    first_group: int
+    groups: Sequence[dict[str, Any]]
+    sizes: Sequence[int]
+    parameters: Sequence[Parameter]
+    buckets: Sequence[Bucket]
+    carried: Sequence[tuple[int, int]]
+
+
 class JobContent:
     """Parameters, param_groups, and how often they were replaced. Guarded by the job's lock.
 
@@ -56,15 +72,26 @@ class JobContent:
     # --- more parameters, or others
 
     def grow(
-        self, groups: Sequence[dict[str, Any]], sizes: Sequence[int], parameters: Sequence[Parameter]
-    ) -> list[Bucket]:
+        self,
+        groups: Sequence[dict[str, Any]],
+        sizes: Sequence[int],
+        parameters: Sequence[Parameter],
+        buckets: Sequence[Bucket] | None = None,
+    ) -> Sequence[Bucket]:
         """Adds param groups with their parameters, whose values are undefined yet.
+
+        Args:
+            groups: The options of the groups.
+            sizes: How many parameters each has.
+            parameters: Their parameters.
+            buckets: How these were cut, if they have been before.
 
         Returns:
             The new buckets.
         """
         self._before_growth = (len(self.groups), len(self.store.parameters), len(self.store.buckets))
-        buckets = self._cut(self.store, len(self.groups), sizes, parameters)
+        if buckets is None:
+            buckets = self._cut(self.store, len(self.groups), sizes, parameters)
         self.sizes += sizes
         self.groups += [dict(group) for group in groups]
         self.store.add(parameters, buckets)
@@ -76,8 +103,16 @@ class JobContent:
         sizes: Sequence[int],
         parameters: Sequence[Parameter],
         carried: Sequence[tuple[int, int]],
+        buckets: Sequence[Bucket] | None = None,
     ) -> Store:
         """Takes memory for parameters in the place of all others, whose values are undefined yet.
+
+        Args:
+            groups: As in `grow`, of all groups.
+            sizes: As in `grow`.
+            parameters: As in `grow`.
+            carried: Which of them keep the state of which of the job's: pairs of indices.
+            buckets: As in `grow`.
 
         Returns:
             The store that they will be in.
@@ -97,11 +132,43 @@ class JobContent:
                     f"parameter {index} cannot keep the state of {origin}: its shape, dtype or memory order is another"
                 )
         store = Store(self.store.device)
-        store.add(parameters, self._cut(store, 0, sizes, parameters))
+        store.add(parameters, self._cut(store, 0, sizes, parameters) if buckets is None else buckets)
         self._replacement = _Replacement(
             store=store, groups=[dict(group) for group in groups], sizes=list(sizes), carried=carried
         )
         return store
+
+    def brought(self) -> Brought:
+        """What `settle` is about to put in force.
+
+        Raises:
+            RuntimeError: there is nothing.
+        """
+        new = self._replacement
+        if new is not None:
+            return Brought(
+                replaces=True,
+                store=new.store,
+                first_group=0,
+                groups=new.groups,
+                sizes=new.sizes,
+                parameters=new.store.parameters,
+                buckets=new.store.buckets,
+                carried=new.carried,
+            )
+        if self._before_growth is None:
+            raise RuntimeError("nothing has been brought")
+        groups, parameters, buckets = self._before_growth
+        return Brought(
+            replaces=False,
+            store=self.store,
+            first_group=groups,
+            groups=self.groups[groups:],
+            sizes=self.sizes[groups:],
+            parameters=self.store.parameters[parameters:],
+            buckets=self.store.buckets[buckets:],
+            carried=(),
+        )
 
     def settle(self) -> bool:
         """The values of what was brought are there. Returns whether the parameters are others now."""

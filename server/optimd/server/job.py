@@ -25,6 +25,7 @@ from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
 from optimd.server.errors import LimitExceededError
+from optimd.server.journal import JobJournal
 from optimd.server.member import Former, Member, Standing, WorkerRecord
 from optimd.server.parts import JobParts
 from optimd.server.policies import aggregator_for
@@ -51,6 +52,7 @@ class Job:
         max_bytes: The most that it may take: values, state, buffers, held gradients, and what is on its way in.
         max_workers: The most workers at once.
         lease_s: How long a worker stays in it after it was last heard of, in seconds.
+        journal: Where what it does is written down first. None: nowhere.
     """
 
     def __init__(
@@ -62,12 +64,15 @@ class Job:
         max_bytes: int = sys.maxsize,
         max_workers: int = sys.maxsize,
         lease_s: float = math.inf,
+        journal: JobJournal | None = None,
     ) -> None:
         self.name = name
         self._max_bytes = max_bytes
         self.settings = settings
         self.history = StepHistory(name)
         self._changed = threading.Condition()
+        self.journal = journal or JobJournal(name)
+        self.journal.describe_contributions(self._contribution_locked)
         # All below: changed with self._changed held.
         self._content = JobContent(settings, device)
         self._aggregator = aggregator_for(settings)
@@ -81,6 +86,7 @@ class Job:
                 member, condition, settings.timeout_s, waiting_for
             ),
             time.monotonic,
+            self.journal,
         )
         parts = JobParts(
             name=name,
@@ -93,7 +99,10 @@ class Job:
             buffers=self.buffers,
             history=self.history,
             check_room=self._check_room_locked,
+            journal=self.journal,
         )
+        self.parts = parts
+        """Its rooms, for who restores it or keeps it."""
         self.pushing = Pushing(parts)
         """What workers push to it."""
         self.pulling = Pulling(parts, self.pushing)
@@ -329,6 +338,7 @@ class Job:
         """Ends the job: whoever waits for it gets `JobDeletedError`."""
         with self._changed:
             self._company.phase = JobPhase.DELETED
+            self.journal.close()
             self._changed.notify_all()
         self.history.end()
 
@@ -339,6 +349,16 @@ class Job:
         """What values and state take once every parameter has had an update, and what the buffers take."""
         with self._changed:
             return self._content.full_bytes + self.buffers.nbytes_locked
+
+    @property
+    def kept_bytes(self) -> int:
+        """What a snapshot of it takes, about. Does not wait for the lock."""
+        return self._content.full_bytes
+
+    @property
+    def is_in_mid_step(self) -> bool:
+        """Whether a part of the open step has been applied. Does not wait for the lock."""
+        return self._aggregator.has_applied
 
     @property
     def buffers_bytes(self) -> int:
@@ -427,6 +447,7 @@ class Job:
         if returns and former is not None and len(former.groups) <= len(self.groups):
             member.groups = former.groups
         member.holds_place = self._aggregator.is_awaited_absent(worker)
+        self.journal.worker_joined(worker, member.incarnation, speaks=member.speaks)
         try:
             self.pushing.settle_locked(self._aggregator.join(worker), worker)
         finally:
@@ -499,6 +520,7 @@ class Job:
         leave = self._aggregator.lose if stays else self._aggregator.leave
         try:
             self._settle_loss_locked(leave(worker), worker)
+            self.journal.worker_left(worker, place_kept=stays)
         finally:
             del self._company.members[worker]
             self.pushing.forget_worker_locked(worker)
@@ -511,6 +533,12 @@ class Job:
             self.pushing.settle_locked(decisions, worker)
         except Exception as error:  # noqa: BLE001  # the others hear of it in their steps; who is lost has nobody
             _log.warning("job %s: the step failed when a worker was lost: %s", self.name, error)
+
+    def _contribution_locked(self, worker: Worker) -> tuple[int, int]:
+        """The sequence number and the staleness of a worker's open push."""
+        member = self._company.members.get(worker)
+        sequence = self._company.record(worker.worker_id).next_sequence
+        return sequence, member.staleness if member is not None else 0
 
     def _check_room_locked(self, nbytes: int, what: str) -> None:
         taken = self._content.full_bytes + self.buffers.nbytes_locked

@@ -38,9 +38,13 @@ class HeldGradients:
         """What the sums take."""
         return sum(held.nbytes for held in self._sums.values())
 
+    def has_added(self, bucket_id: int) -> bool:
+        """Whether the gradients of a bucket are there already in the accumulation that is under way."""
+        return bucket_id in self._added
+
     def add(self, bucket: Bucket, present: Sequence[bool], payload: torch.Tensor, device: torch.device) -> None:
         """Adds the gradients of one bucket: once in an accumulation, however often they come."""
-        if bucket.bucket_id in self._added:
+        if self.has_added(bucket.bucket_id):
             return
         self._added.add(bucket.bucket_id)
         held = self._sums.get(bucket.bucket_id)
@@ -79,6 +83,14 @@ class HeldGradients:
         """What the push was given of a bucket, once more; None where nothing is held of it."""
         held = self._sums.get(bucket_id)
         return (held.present, held.packed()) if held is not None and bucket_id in self._given else None
+
+    def sums(self) -> tuple[list[tuple[int, list[bool], torch.Tensor]], list[tuple[int, list[bool], torch.Tensor]]]:
+        """What is held: of buckets that the accumulation under way has not reached yet, and of those that it has.
+
+        Of each its id, which of its slices there are, and their sum, flat.
+        """
+        held = [(number, sums.present, sums.packed()) for number, sums in self._sums.items() if not sums.is_empty]
+        return [each for each in held if each[0] not in self._added], [each for each in held if each[0] in self._added]
 
     def spend(self) -> None:
         """A push has taken all that was held."""
@@ -170,6 +182,8 @@ class Member:
     """What it has had accumulated."""
     place: Place = field(default_factory=lambda: Place(0, 0.0))
     """Its place in the job, once it is in it. Its stream notes there, without the lock, when it hears of it."""
+    recovered: bool = False
+    """Whether it was restored from disk: its options are those that it says it had, once it comes back."""
     returned: Standing | None = None
     """Where it stood when it came back with everything, until it is told."""
     cancel: Callable[[], object] = lambda: None

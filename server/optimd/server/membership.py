@@ -118,6 +118,15 @@ class Membership:
         self._places[worker] = Place(incarnation, now)
         return self._places[worker]
 
+    @property
+    def incarnations(self) -> dict[str, int]:
+        """The last process of each worker_id. A copy."""
+        return dict(self._last_incarnation)
+
+    def remember(self, worker_id: str, incarnation: int) -> None:
+        """A process had a worker_id, and may not be in the job any more."""
+        self._last_incarnation[worker_id] = incarnation
+
     def resume(self, worker: Worker, *, now: float) -> Place:
         """A process that is in the job has a line again."""
         place = self._places[worker]

@@ -15,12 +15,13 @@ from optimd.wire.layout import Parameter, decode_parameter
 from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES, MAX_NAME_BYTES, MIN_BUCKET_BYTES
 from optimd.wire.param_groups import decode_group, rule_of
 
-_NONFINITE: Final[dict[int, Literal["allow", "skip", "error"]]] = {
+NONFINITE: Final[dict[int, Literal["allow", "skip", "error"]]] = {
     job_pb2.NON_FINITE_UNSPECIFIED: "allow",
     job_pb2.NON_FINITE_ALLOW: "allow",
     job_pb2.NON_FINITE_SKIP: "skip",
     job_pb2.NON_FINITE_ERROR: "error",
 }
+"""What the schema's values mean."""
 
 _ON_LOSS: Final[dict[int, Literal["shrink", "wait"]]] = {
     job_pb2.ON_LOSS_UNSPECIFIED: "shrink",
@@ -79,7 +80,7 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
     job = _name("OpenJob.job", message.job)
     worker_id = _name("WorkerIdentity.worker_id", message.worker.worker_id)
     rank = message.worker.rank if message.worker.HasField("rank") else None
-    policy = _read_policy(message.aggregation, rank)
+    policy = read_policy(message.aggregation, rank)
     if message.on_existing not in (
         job_pb2.ON_EXISTING_RESUME,
         job_pb2.ON_EXISTING_FAIL,
@@ -95,7 +96,7 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
     max_grad_norm = message.max_grad_norm if message.HasField("max_grad_norm") else None
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise InvalidFieldError("OpenJob.max_grad_norm", f"{max_grad_norm} is not a positive number")
-    nonfinite = _NONFINITE.get(message.nonfinite)
+    nonfinite = NONFINITE.get(message.nonfinite)
     if nonfinite is None:
         raise InvalidFieldError("OpenJob.nonfinite", "must be allow, skip or error")
     whole = "max_grad_norm or nonfinite" if max_grad_norm is not None or nonfinite != "allow" else policy.whole
@@ -128,7 +129,7 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Policy:
+class Policy:
     """An aggregation policy."""
 
     settings: dict[str, Any]
@@ -138,15 +139,27 @@ class _Policy:
 
     @property
     def is_async(self) -> bool:
+        """Whether each push is a step of its own."""
         return bool(self.settings["aggregation"] == "async")
 
     @property
     def world_size(self) -> int | None:
+        """How many workers the first step waits for; None for whoever is there."""
         size: int | None = self.settings["world_size"]
         return size
 
 
-def _read_policy(message: job_pb2.Aggregation, rank: int | None) -> _Policy:
+def read_policy(message: job_pb2.Aggregation, rank: int | None = None) -> Policy:
+    """Checks a policy.
+
+    Args:
+        message: The policy.
+        rank: The rank of the worker that asks for it, if it has one.
+
+    Raises:
+        InvalidFieldError: a field is out of range; it is named.
+        UnsupportedError: this server has no such policy.
+    """
     match message.WhichOneof("policy"):
         case "sync":
             return _read_sync(message.sync, rank)
@@ -156,7 +169,7 @@ def _read_policy(message: job_pb2.Aggregation, rank: int | None) -> _Policy:
             raise UnsupportedError("the aggregation policy is not one that this server has: sync or asynchronous")
 
 
-def _read_sync(sync: job_pb2.SyncAggregation, rank: int | None) -> _Policy:
+def _read_sync(sync: job_pb2.SyncAggregation, rank: int | None) -> Policy:
     world_size = sync.world_size or None
     if world_size is not None and rank is not None and rank >= world_size:
         raise InvalidFieldError("WorkerIdentity.rank", f"{rank} is not below world_size {world_size}")
@@ -170,7 +183,7 @@ def _read_sync(sync: job_pb2.SyncAggregation, rank: int | None) -> _Policy:
     on_loss = _ON_LOSS.get(sync.on_loss)
     if on_loss is None:
         raise InvalidFieldError("SyncAggregation.on_loss", "must be shrink or wait")
-    return _Policy(
+    return Policy(
         settings={
             "aggregation": "sync",
             "world_size": world_size,
@@ -185,9 +198,9 @@ def _read_sync(sync: job_pb2.SyncAggregation, rank: int | None) -> _Policy:
     )
 
 
-def _read_async(message: job_pb2.AsyncAggregation) -> _Policy:
+def _read_async(message: job_pb2.AsyncAggregation) -> Policy:
     _check_times("AsyncAggregation", message)
-    return _Policy(
+    return Policy(
         settings={
             "aggregation": "async",
             "world_size": None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company
 from optimd.server.content import JobContent
+from optimd.server.journal import JobJournal
 from optimd.server.policies import Aggregator
 from optimd.server.readers import Readers
 from optimd.server.settings import JobSettings
@@ -35,5 +36,7 @@ class JobParts:
     """What it keeps besides."""
     history: StepHistory
     """Where committed steps go."""
+    journal: JobJournal
+    """Where what it does is written down first."""
     check_room: Callable[[int, str], None]
     """Checks, with the lock held, that the job may take so many more bytes, of what a message calls so."""

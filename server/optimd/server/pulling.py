@@ -209,6 +209,7 @@ class Pulling:
                     outcome=Outcome.DROPPED_LATE,
                     staleness=max(0, aggregator.step - push.base_step),
                 )
+                self._job.journal.push_answered(member.worker, answered)
                 self._job.company.record(member.worker.worker_id).dropped += 1
                 self._job.company.answer(member.worker, answered)
             elif catch_up is None and push.round is not None and push.round.commit is not None:

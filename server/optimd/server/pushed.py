@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from optimd.server.aggregation import Worker
-from optimd.server.store import StagedState, Store
+from optimd.server.store import StagedState
 
 
 class PushedContent:
@@ -45,23 +45,22 @@ class PushedContent:
         """A worker's push leaves no trace: nor does its content."""
         self._by_worker.pop(worker, None)
 
-    def install(self, store: Store) -> dict[int, Worker]:
-        """Puts everything in place: of what several workers pushed, the lowest rank's.
+    def merged(self) -> tuple[StagedState, dict[int, Worker]]:
+        """What is to be put in place: of what several workers pushed, the lowest rank's.
 
         Returns:
-            The parameters whose values were replaced, by index, and whose content they have now.
+            The content; and by index the parameters whose values are in it, and whose they are.
         """
-        replaced: dict[int, Worker] = {}
-        restated: set[int] = set()
+        merged = StagedState()
+        owners: dict[int, Worker] = {}
         for worker in sorted(self._by_worker):
             staged = self._by_worker[worker]
-            for index in staged.values.keys() - replaced.keys():
-                store.install_value(index, staged.values[index])
-                replaced[index] = worker
-            for index in staged.tensors.keys() - restated:
-                store.install_state(index, staged.steps[index], staged.tensors[index])
-                restated.add(index)
-        return replaced
+            for index in staged.values.keys() - merged.values.keys():
+                merged.values[index] = staged.values[index]
+                owners[index] = worker
+            for index in staged.tensors.keys() - merged.tensors.keys():
+                merged.steps[index], merged.tensors[index] = staged.steps[index], staged.tensors[index]
+        return merged, owners
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -101,6 +101,7 @@ def _serve_begun(incoming: Incoming, job: Job, push: OpenPush, begin: training_p
     if catch_up is not None:
         yield from unseen_values(job, push.member, catch_up)
     receipt = job.pulling.settle(push, catch_up)
+    job.journal.await_durable()
     wants_buffers = job.buffers.is_asked(push.member)
     yield encode(training_pb2.TrainResponse(receipt=encode_receipt(receipt, wants_buffers=wants_buffers)))
 
@@ -158,6 +159,7 @@ def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: trai
             job.accumulating.end(member)
     finally:
         job.pushing.finished(member)
+    job.journal.await_durable()
     yield _accumulated(message.micro + 1)
 
 

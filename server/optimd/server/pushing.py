@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -66,6 +66,8 @@ class Pushing:
         self.changes = Changes()
         self._draining = False
         self._torn = False
+        # Whether steps have been levelled that the journal has not told of.
+        self._levelled = False
         # One for all workers of a synchronous step, which share a round; one for each of an asynchronous job.
         self._steppers: dict[Worker | None, Stepper] = {}
 
@@ -121,7 +123,7 @@ class Pushing:
             )
             if micro != member.held.micro or (member.held.spent and not resumes):
                 held = 0 if member.held.spent else member.held.micro
-                member.held.forget()
+                self._forget_held_locked(member)
                 raise AccumulationLostError(
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
                     "compute the gradients again"
@@ -256,6 +258,18 @@ class Pushing:
         """Begins no more steps."""
         self._draining = True
 
+    def restore_locked(
+        self, round_: Round, owner: Worker | None, deferred: Mapping[int, tuple[Sequence[bool], torch.Tensor]]
+    ) -> None:
+        """A streamed round was open when the job was last written down: it is open again.
+
+        Args:
+            round_: What it has come to.
+            owner: Of an asynchronous job: whose push it is.
+            deferred: As in `Stepper.restore`.
+        """
+        self._stepper_locked(owner).restore(round_, deferred)
+
     def renew_locked(self) -> None:
         """The parameters have been replaced by others."""
         self._steppers.clear()
@@ -289,6 +303,7 @@ class Pushing:
             round_ = self._stepper_locked(worker).carry_out(decisions)
         except Exception:
             self._forget_locked(worker, step)
+            self._settle_torn_locked()
             raise
         finally:
             self._changed.notify_all()
@@ -300,6 +315,12 @@ class Pushing:
             self._answer_commit_locked(round_)
         elif round_.skipped is not None:
             # The aggregator may have counted a step that its gradient did not allow.
+            self._job.journal.round_skipped(
+                round_.number,
+                round_.skipped,
+                disagreed=round_.disagreed,
+                pushed_differently=round_.pushed_differently,
+            )
             self._job.aggregator.forget_step(round_.skipped.step)
             for pushed in round_.skipped.pushes:
                 self._answer_locked(pushed, round_, Outcome.SKIPPED_NONFINITE, round_.skipped.step)
@@ -353,6 +374,11 @@ class Pushing:
         receipt = self._job.company.record(push.member.worker.worker_id).receipt
         return receipt if receipt is not None and receipt.sequence == push.sequence else None
 
+    def _forget_held_locked(self, member: Member) -> None:
+        if member.held.micro:
+            self._job.journal.accumulation_ended(member.worker, 0, discards=True)
+        member.held.forget()
+
     def push_held_again_locked(self, push: OpenPush) -> None:
         """Pushes again what is owed of buckets whose gradients the worker has handed over."""
         member = push.member
@@ -369,6 +395,7 @@ class Pushing:
             push.stepper.contribute(member.worker, bucket, present, payload, decisions, grad_scale=member.grad_scale)
         except Exception:
             self._forget_locked(member.worker, step)
+            self._settle_torn_locked()
             self._changed.notify_all()
             raise
         if decisions:
@@ -396,6 +423,13 @@ class Pushing:
         commit = round_.commit
         if commit is None:
             raise RuntimeError("the round has not been committed")
+        self._job.journal.round_committed(
+            round_.number,
+            commit,
+            disagreed=round_.disagreed,
+            grad_norm=round_.grad_norm,
+            pushed_differently=round_.pushed_differently,
+        )
         round_.clock = self.changes.clock
         contributions = []
         outcome = Outcome.of_step(len(commit.contributors))
@@ -477,8 +511,11 @@ class Pushing:
                 self._job.company.members,
                 groups=lambda: self._job.content.groups,
                 changes=self.changes,
+                journal=self._job.journal,
                 settle_torn=self._mark_torn_locked,
                 mean=self._job.settings.reduction == "mean",
+                atomic=self._job.settings.apply == "atomic",
+                owned=self._job.settings.is_async,
                 separate=self._job.settings.holds_apart,
                 max_grad_norm=self._job.settings.max_grad_norm,
                 nonfinite=self._job.settings.nonfinite,
@@ -494,8 +531,14 @@ class Pushing:
             self._torn = True
             return []
         self._torn = False
-        return self._job.content.store.settle_partial_steps()
+        torn = self._job.content.store.settle_partial_steps()
+        self._levelled = self._levelled or bool(torn)
+        return torn
 
     def _settle_torn_locked(self) -> None:
         if self._torn and not self._job.aggregator.is_open:
             self._mark_torn_locked()
+        if self._levelled:
+            # Behind what became of the round: until that is known, its slices are to be stepped still.
+            self._levelled = False
+            self._job.journal.steps_levelled()

@@ -38,6 +38,26 @@ class Receipt:
     lag: int = 0
 
 
+def decode_receipt(message: training_pb2.StepReceipt) -> Receipt:
+    """The inverse of `encode_receipt`.
+
+    Raises:
+        ValueError: the outcome is unknown.
+    """
+    return Receipt(
+        sequence=message.sequence,
+        step=message.step,
+        outcome=Outcome(message.outcome),
+        contributors=tuple(message.contributors),
+        partial_contributors=tuple(message.partial_contributors),
+        hyperparameters_disagreed=message.hyperparameters_disagreed,
+        grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
+        pushed_differently=tuple(message.pushed_differently),
+        staleness=message.staleness,
+        lag=message.lag,
+    )
+
+
 def encode_receipt(receipt: Receipt, *, wants_buffers: bool = False) -> training_pb2.StepReceipt:
     """`receipt` as the schema has it."""
     return training_pb2.StepReceipt(

@@ -19,11 +19,16 @@ from optimd.server.errors import (
     JobInUseError,
     JobMismatchError,
     LimitExceededError,
+    NotDurableError,
     UnknownJobError,
 )
 from optimd.server.job import Job
+from optimd.server.journal import JobJournal
 from optimd.server.member import Member
 from optimd.server.opening import Opening, WorkerLayout
+from optimd.server.settings import JobSettings
+from optimd.server.snapshots import SnapshotInfo
+from optimd.server.storage import Storage
 from optimd.v1 import job_pb2
 from optimd.wire.layout import first_difference
 
@@ -53,16 +58,25 @@ class JobRegistry:
         max_job_bytes: The most bytes that values and state of one job may take.
         max_job_workers: The most workers of one job at once.
         lease_s: How long a worker stays in a job after it was last heard of, in seconds.
+        storage: Keeps them on disk. None: they live in memory.
     """
 
     def __init__(
-        self, device: torch.device, *, max_jobs: int, max_job_bytes: int, max_job_workers: int, lease_s: float
+        self,
+        device: torch.device,
+        *,
+        max_jobs: int,
+        max_job_bytes: int,
+        max_job_workers: int,
+        lease_s: float,
+        storage: Storage | None = None,
     ) -> None:
         self.device = device
         self.max_job_bytes = max_job_bytes
         self._max_jobs = max_jobs
         self._max_job_workers = max_job_workers
         self._lease_s = lease_s
+        self.storage = storage
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # guarded by self._lock
 
@@ -146,7 +160,12 @@ class JobRegistry:
             if ends and self._jobs.get(job.name) is job:
                 del self._jobs[job.name]
         if ends:
-            job.delete()
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        job.delete()
+        if self.storage is not None:
+            self.storage.forget(job)
 
     def get(self, name: str) -> Job:
         """The job of that name.
@@ -180,7 +199,7 @@ class JobRegistry:
         with self._lock:
             if self._jobs.get(name) is job:
                 del self._jobs[name]
-        job.delete()
+        self._end(job)
         _log.info("job %s: deleted at step %d", name, job.step)
 
     def _find_or_create(self, opening: Opening) -> tuple[Job, bool]:
@@ -197,7 +216,7 @@ class JobRegistry:
                     )
                 if opening.on_existing == job_pb2.ON_EXISTING_REPLACE and not occupied and fresh:
                     _log.info("job %s: replaced at step %d", job.name, job.step)
-                    job.delete()
+                    self._end(job)
                     job = None
             if job is not None:
                 return job, False
@@ -210,16 +229,47 @@ class JobRegistry:
                 raise LimitExceededError(
                     f"this server holds {len(self._jobs)} jobs and takes no more (--max-jobs); delete one"
                 )
-            job = Job(
-                opening.job,
-                opening.settings,
-                self.device,
-                max_bytes=self.max_job_bytes,
-                max_workers=self._max_job_workers,
-                lease_s=self._lease_s,
-            )
+            journal = self.storage.create(opening.job, opening.settings) if self.storage is not None else None
+            job = self._make(opening.job, opening.settings, journal)
+            if self.storage is not None:
+                self.storage.keep(job)
             self._jobs[opening.job] = job
             return job, True
+
+    def _make(self, name: str, settings: JobSettings, journal: JobJournal | None) -> Job:
+        return Job(
+            name,
+            settings,
+            self.device,
+            max_bytes=self.max_job_bytes,
+            max_workers=self._max_job_workers,
+            lease_s=self._lease_s,
+            journal=journal,
+        )
+
+    def recover(self) -> None:
+        """Brings back the jobs that are kept on disk. To be called before anybody may enter one.
+
+        Raises:
+            DataDirError: one cannot be brought back.
+        """
+        if self.storage is not None:
+            for job in self.storage.recover(self._make):
+                self._jobs[job.name] = job
+
+    def snapshot(self, name: str) -> SnapshotInfo:
+        """Has a snapshot of a job written to the disk. Blocks until it is there.
+
+        Raises:
+            UnknownJobError: there is none of that name.
+            NotDurableError: this server keeps nothing on disk.
+            StorageFailedError: it could not be written.
+            JobDeletedError: the job went away.
+        """
+        job = self.get(name)
+        if self.storage is None:
+            raise NotDurableError("this server keeps nothing on disk; start it with --data-dir")
+        return self.storage.snapshot(job)
 
 
 def _check_match(job: Job, opening: Opening, layout: WorkerLayout) -> None:

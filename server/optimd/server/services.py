@@ -188,6 +188,7 @@ class OptimizerService:
             _at_the_end(context, watch.end)
             context.send_initial_metadata(((WATCHING_HEADER, str(job.step)),))
             for step in watch:
+                job.journal.await_durable()
                 yield encode_step(step, request.worker_id)
 
 

@@ -300,6 +300,7 @@ class TrainSession:
         self, job: Job, member: Member, *, step: int, brought: Sequence[Bucket] = (), tells: bool = False
     ) -> Iterator[bytes]:
         standing = job.welcome(member, step=step, brought=brought)
+        job.journal.await_durable()
         receipt = standing.receipt if tells else None
         ready = job_pb2.JobReady(
             job_step=standing.job_step,
@@ -352,6 +353,7 @@ class TrainSession:
             job.bringing.give_up(member)
             yield refusal(error)
             return
+        job.journal.await_durable()
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
     def _receive_state(self, job: Job, member: Member) -> tuple[list[dict[str, Any]], StagedState]:

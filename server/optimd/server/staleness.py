@@ -7,6 +7,7 @@ Parallel Parameter Server", 2013.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Release, Skip, Worker
@@ -132,6 +133,44 @@ class AsyncAggregator:
         """Lets a worker in, with the clock of the slowest."""
         self._clocks[worker] = self._slowest()
         return []
+
+    def restore(self, *, step: int, clocks: Mapping[Worker, int], floor: int) -> None:
+        """Goes on where another one stood, with no push under way.
+
+        Args:
+            step: The number of committed steps.
+            clocks: Who is in the job, and how many pushes each has completed.
+            floor: The slowest clock so far.
+        """
+        self.step = step
+        self._clocks, self._floor = dict(clocks), floor
+
+    def restore_push(self, worker: Worker, applied: Collection[int]) -> None:
+        """Goes on in a streamed push of which these buckets have been applied."""
+        self._open[worker] = _Push(set(applied), set(applied))
+
+    def count_push(self, worker: Worker, step: int) -> None:
+        """A worker, which may have left by now, has completed a push, with which `step` steps were committed."""
+        self.step = step
+        if worker in self._clocks:
+            self._clocks[worker] += 1
+            self._slowest()
+
+    def await_slower(self) -> None:
+        """Has those wait that are too far ahead and have begun no push: what they were doing is not known any more."""
+        for worker in self._clocks.keys() - self._open.keys():
+            if self.max_staleness is not None and self.lag(worker) > self.max_staleness:
+                self._waiting[worker] = None
+
+    @property
+    def clocks(self) -> Mapping[Worker, int]:
+        """How many pushes each worker in the job has completed, counted from the slowest at its coming."""
+        return dict(self._clocks)
+
+    @property
+    def floor(self) -> int:
+        """The slowest clock so far."""
+        return self._slowest()
 
     def leave(self, worker: Worker) -> list[Decision]:
         """A worker has left or is lost. Unknown workers are ignored.

@@ -18,6 +18,7 @@ from optimd.server import clipping, update
 from optimd.server.accumulator import GradientAccumulator, SeparateGradients
 from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Discard, Skip, TimeOut, Worker
 from optimd.server.errors import LimitExceededError, NonFiniteGradientError, StepTimeoutError, UpdateRefusedError
+from optimd.server.journal import JobJournal
 from optimd.server.member import Member, disagree, speaker
 from optimd.server.pushed import PushedContent
 from optimd.server.sight import Changes
@@ -37,6 +38,10 @@ class Round:
     `applied` only grows, so that a stream may read it without the lock up to a length that it was told under it.
     """
 
+    number: int = 0
+    """Its number in the journal, once it is settled."""
+    applying: int | None = None
+    """Where the journal has the bucket that is being applied."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     """The step's hyperparameters, from its first completed bucket on."""
     settled: bool = False
@@ -84,6 +89,9 @@ class Stepper:
         members: The job's live workers: the job's own dict, of which this sees every change.
         groups: Gives the job's param_groups as they hold.
         changes: The job's account of what has changed.
+        journal: The job's.
+        atomic: Whether a round counts only if it is committed.
+        owned: Whether a round is one worker's push.
         settle_torn: Brings parameters of which some slices have had an update and others have not to one step; gives
             their indices.
         mean: Whether contributions are averaged or summed.
@@ -100,8 +108,11 @@ class Stepper:
         *,
         groups: Callable[[], Sequence[dict[str, Any]]],
         changes: Changes,
+        journal: JobJournal,
         settle_torn: Callable[[], list[int]],
         mean: bool,
+        atomic: bool = False,
+        owned: bool = False,
         separate: bool = False,
         max_grad_norm: float | None = None,
         nonfinite: Literal["allow", "skip", "error"] = "allow",
@@ -111,6 +122,9 @@ class Stepper:
         self._members = members
         self._groups = groups
         self._changes = changes
+        self._journal = journal
+        self._atomic = atomic
+        self._owned = owned
         self._settle_torn = settle_torn
         self._mean = mean
         self._is_separate = separate
@@ -122,6 +136,21 @@ class Stepper:
         self._separate: dict[int, SeparateGradients] = {}
         # Complete buckets whose kernel needs whole parameters: applied with the step's last push.
         self._deferred: set[int] = set()
+
+    def restore(self, round_: Round, deferred: Mapping[int, tuple[Sequence[bool], torch.Tensor]]) -> None:
+        """Goes on in a streamed round that has been applied in part.
+
+        Args:
+            round_: What it has come to.
+            deferred: The buckets that are complete and wait for the others of their parameters, with which of their
+                slices have a gradient, and these, reduced, flat.
+        """
+        self._round = round_
+        for bucket_id, (present, gradient) in deferred.items():
+            accumulator = self._accumulator(self._store.buckets[bucket_id])
+            accumulator.add(gradient, present)
+            accumulator.reduced(1)
+            self._deferred.add(bucket_id)
 
     def open_round(self) -> Round:
         """The open step's round; a new one if no push has begun it yet."""
@@ -157,7 +186,11 @@ class Stepper:
             if sole and self._splits_freely(bucket, (worker,)):
                 # Nothing to add up: the update reads the gradient where it was received.
                 lengths = [piece.length for piece, here in zip(bucket.slices, present, strict=True) if here]
-                self._apply(bucket, (worker,), present, torch.split(payload, lengths), grad_scale=grad_scale)
+                round_ = self._settle((worker,))
+                round_.applying = self._journal.bucket_applied(
+                    round_.number, bucket, present, (worker,), lambda: payload, grad_scale=grad_scale
+                )
+                self._apply(round_, bucket, present, torch.split(payload, lengths), grad_scale=grad_scale)
                 return
             if grad_scale is not None:
                 payload = _unscaled(payload, grad_scale)
@@ -256,24 +289,29 @@ class Stepper:
     def _apply_accumulated(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> None:
         grads = self._reduced(bucket, contributors)
         accumulator = self._accumulator(bucket)
+        round_ = self._settle(contributors)
+        round_.applying = self._journal.bucket_applied(
+            round_.number, bucket, accumulator.present, contributors, accumulator.packed, reduced=True
+        )
         if self._splits_freely(bucket, contributors):
-            self._apply(bucket, contributors, accumulator.present, grads)
+            self._apply(round_, bucket, accumulator.present, grads)
             accumulator.clear()
         else:
+            round_.applying = None
             self._deferred.add(bucket.bucket_id)
 
     def _apply(
         self,
+        round_: Round,
         bucket: Bucket,
-        contributors: tuple[Worker, ...],
         present: Sequence[bool],
         grads: Sequence[torch.Tensor],
         *,
         grad_scale: float | None = None,
     ) -> None:
-        round_ = self._settle(contributors)
         with _torchs_errors():
             self._store.apply(bucket, present, grads, round_.groups[bucket.group], grad_scale=grad_scale)
+        round_.applying = None
         self._tell(round_, bucket.bucket_id, list(present))
 
     def _tell(self, round_: Round, bucket_id: int, present: list[bool]) -> None:
@@ -386,6 +424,7 @@ class Stepper:
                 ", ".join(str(worker.rank) for worker in lost),
             )
         round_.abandoned = True
+        self._journal.round_ended(round_.number)
         self._forget()
 
     def forget_content(self, worker: Worker) -> None:
@@ -406,6 +445,7 @@ class Stepper:
         """Ends the round for all its workers. Buckets that were applied before stay so."""
         if self._round is not None:
             self._round.failure = error
+            self._journal.round_ended(self._round.number, unapplied=self._round.applying)
             self._settle_torn()
             self._forget()
 
@@ -435,8 +475,16 @@ class Stepper:
             # An asynchronous job may have groups that this worker has not added yet.
             spoken = [] if voice is None else voice.groups
             round_.groups = [dict(group) for group in (*spoken, *self._groups()[len(spoken) :])]
+            round_.number = self._journal.round_settled(
+                round_.groups,
+                atomic=self._atomic,
+                spoken=round_.spoken,
+                owner=contributors[0] if self._owned else None,
+            )
             if round_.pushed:
-                round_.replaced = round_.pushed.install(self._store)
+                staged, round_.replaced = round_.pushed.merged()
+                self._journal.content_brought(round_.number, staged, self._store)
+                self._store.install(staged)
                 for index in round_.replaced:
                     for bucket_id, _ in self._store.places(index):
                         self._changes.mark(bucket_id)

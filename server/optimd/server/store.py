@@ -8,7 +8,7 @@ its master weights, which are rounded where they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -127,6 +127,54 @@ class Store:
                 part = whole[piece.offset : piece.end]
                 parts.append(bytes_of(part.to(bucket.dtype_of(kind)).cpu()))
         return parts
+
+    def kinds(self) -> list[str]:
+        """The kinds of tensors that any parameter has: its value, and the state of those that have one."""
+        names = {name for entry in self._state for name in entry.tensors}
+        return [PARAMETER, *sorted(names)]
+
+    def copy(self, kind: str, bucket: Bucket) -> tuple[list[bool], torch.Tensor]:
+        """One kind of tensor of a bucket, in the dtype that the store keeps.
+
+        Returns:
+            Which of its slices have it; and their elements, a flat copy on the CPU.
+        """
+        wholes = [
+            self._values[piece.parameter] if kind == PARAMETER else self._state[piece.parameter].tensors.get(kind)
+            for piece in bucket.slices
+        ]
+        parts = [
+            whole[piece.offset : piece.end]
+            for piece, whole in zip(bucket.slices, wholes, strict=True)
+            if whole is not None
+        ]
+        copied = torch.cat(parts).cpu() if parts else torch.empty(0, dtype=bucket.server_dtype)
+        return [whole is not None for whole in wholes], copied
+
+    def steps_in(self, bucket: Bucket) -> list[float]:
+        """The step counters of a bucket's slices."""
+        return [float(step) for step in self._views[bucket.bucket_id].steps]
+
+    def restore(self, kind: str, bucket: Bucket, present: Sequence[bool], elements: torch.Tensor) -> None:
+        """Puts what `copy` gave in place. What a parameter has not had of that kind is zeros but for these slices.
+
+        Args:
+            kind: The kind.
+            bucket: One of the store's.
+            present: Which of its slices there are.
+            elements: Theirs, flat, on the CPU, in the dtype that the store keeps.
+        """
+        pieces = [piece for piece, here in zip(bucket.slices, present, strict=True) if here]
+        for piece, part in zip(pieces, torch.split(elements, [piece.length for piece in pieces]), strict=True):
+            whole = self._values[piece.parameter]
+            if kind != PARAMETER:
+                whole = self._state[piece.parameter].tensors.setdefault(kind, torch.zeros_like(whole))
+            whole[piece.offset : piece.end].copy_(part)
+
+    def restore_steps(self, bucket: Bucket, steps: Sequence[float]) -> None:
+        """Sets the step counters of a bucket's slices."""
+        for counter, step in zip(self._views[bucket.bucket_id].steps, steps, strict=True):
+            counter.fill_(step)
 
     def apply(
         self,
@@ -261,6 +309,13 @@ class Store:
         for views in self._views:
             views.state.clear()
 
+    def install(self, staged: StagedState) -> None:
+        """Puts staged values and states in place, parameter by parameter. What it does not name stays."""
+        for index, value in staged.values.items():
+            self.install_value(index, value)
+        for index, tensors in staged.tensors.items():
+            self.install_state(index, staged.steps[index], tensors)
+
     def install_value(self, index: int, value: torch.Tensor) -> None:
         """Sets the value of one parameter to what a worker has made of it, in place.
 
@@ -343,6 +398,23 @@ class StagedState:
         """The kinds of tensors that it is made of."""
         names = {name for tensors in self.tensors.values() for name in tensors}
         return names | {PARAMETER} if self.values else names
+
+    def buckets_of(self, store: Store) -> Iterator[tuple[str, Bucket, list[bool]]]:
+        """What it is made of, in order: kinds of tensors, buckets, and which of their slices it has."""
+        for kind in sorted(self.kinds):
+            for bucket in store.buckets:
+                present = self.expects(kind, bucket)
+                if any(present):
+                    yield kind, bucket, present
+
+    def read(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> list[memoryview]:
+        """The bytes of one kind of tensor of a bucket's present slices, as `write` takes them."""
+        parts = []
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if here and piece.length:
+                whole = self.values[piece.parameter] if kind == PARAMETER else self.tensors[piece.parameter][kind]
+                parts.append(bytes_of(whole[piece.offset : piece.end].to(bucket.dtype_of(kind)).cpu()))
+        return parts
 
     def expects(self, kind: str, bucket: Bucket) -> list[bool]:
         """For each slice of `bucket` whether its parameter has a tensor `kind` in this."""

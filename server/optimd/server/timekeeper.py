@@ -1,10 +1,12 @@
-"""Tells jobs of the time: leases end, and waits that have been too long."""
+"""Tells jobs of the time: leases end, waits have been too long, snapshots are due."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from optimd.server.job import Job
@@ -32,7 +34,8 @@ class TimeKeeper:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="optimd-timekeeper", daemon=True)
         self._lock = threading.Lock()
-        self._busy: set[Job] = set()  # guarded by self._lock
+        self._busy: set[tuple[Job | None, str]] = set()  # guarded by self._lock
+        self._flushed_s = 0.0
 
     def start(self) -> None:
         """Begins to look."""
@@ -52,18 +55,34 @@ class TimeKeeper:
                 _log.exception("the jobs could not be told of time")
 
     def _look(self) -> None:
-        for job in self._registry.due(time.monotonic()):
-            with self._lock:
-                if job in self._busy:
-                    continue
-                self._busy.add(job)
-            threading.Thread(target=self._tick, args=(job,), name="optimd-tick", daemon=True).start()
+        now = time.monotonic()
+        for job in self._registry.due(now):
+            self._start((job, "leases"), partial(self._registry.tick, job, now))
+        storage = self._registry.storage
+        if storage is None:
+            return
+        for job in self._registry.all():
+            if storage.is_due(job, now):
+                self._start((job, "snapshot"), partial(storage.tick, job))
+        if storage.flush_interval_s is not None and now >= self._flushed_s + storage.flush_interval_s:
+            self._flushed_s = now
+            self._start((None, "journals"), storage.flush)
 
-    def _tick(self, job: Job) -> None:
+    def _start(self, what: tuple[Job | None, str], work: Callable[[], object]) -> None:
+        with self._lock:
+            if what in self._busy:
+                return
+            self._busy.add(what)
+        threading.Thread(target=self._do, args=(what, work), name="optimd-tick", daemon=True).start()
+
+    def _do(self, what: tuple[Job | None, str], work: Callable[[], object]) -> None:
         try:
-            self._registry.tick(job, time.monotonic())
+            work()
         except Exception:  # noqa: BLE001  # the others go on, and so does the time
-            _log.exception("job %s: its leases could not be looked at", job.name)
+            job, task = what
+            _log.exception(
+                "job %s: its %s could not be looked at", job.name if job is not None else "of any name", task
+            )
         finally:
             with self._lock:
-                self._busy.discard(job)
+                self._busy.discard(what)

@@ -65,6 +65,11 @@ class StepHistory:
             self._steps.append(step)
             self._changed.notify_all()
 
+    def last(self) -> list[CommittedStep]:
+        """The steps that are remembered, in order."""
+        with self._changed:
+            return list(self._steps)
+
     def end(self) -> None:
         """The job is gone. May be called more than once."""
         with self._changed:

@@ -1,0 +1,90 @@
+"""Records as bytes: framed with lengths, position and checksum, so that what is not whole is known not to be.
+
+A record is a fixed part (magic, CRC-32 of all that follows it, length of the message, length of the payload, the
+record's position in its journal), the message, the payload, and zeros up to a multiple of `ALIGNMENT`. The position is
+in it because segment files are used again: what an earlier use has left there stands at another position. Behind the
+last record stand zeros, which the next one replaces: so the end of a journal is told from a record that is not whole.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+from zlib import crc32
+
+from optimd.server.files import Part
+
+MAGIC: Final = b"opJ1"
+ALIGNMENT: Final = 8
+FIXED_BYTES: Final = 24
+"""The length of the part before the message."""
+
+MAX_MESSAGE_BYTES: Final = 1 << 30
+MAX_PAYLOAD_BYTES: Final = 1 << 30
+"""No record is longer than these: whatever claims to be is none."""
+
+_FIXED: Final = struct.Struct("<4sI")
+_CHECKED: Final = struct.Struct("<IIQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A whole record, as it was read."""
+
+    position: int
+    end: int
+    """Where the next one begins."""
+    message: bytes
+    payload: memoryview
+
+
+def length_of(message: bytes, parts: Sequence[Part]) -> int:
+    """The bytes that a record takes."""
+    content = FIXED_BYTES + len(message) + sum(len(part) for part in parts)
+    return -(-content // ALIGNMENT) * ALIGNMENT
+
+
+def frame(position: int, message: bytes, parts: Sequence[Part]) -> list[Part]:
+    """A record as the parts to be written: `length_of` bytes, and the zeros behind it. The payload is not copied.
+
+    Args:
+        position: Where it will stand, a multiple of `ALIGNMENT`.
+        message: Its message, serialised.
+        parts: Its payload's parts: flat views of bytes.
+    """
+    payload_bytes = sum(len(part) for part in parts)
+    checked = _CHECKED.pack(len(message), payload_bytes, position)
+    checksum = crc32(message, crc32(checked))
+    for part in parts:
+        checksum = crc32(part, checksum)
+    padding = -(FIXED_BYTES + len(message) + payload_bytes) % ALIGNMENT
+    return [_FIXED.pack(MAGIC, checksum) + checked + message, *parts, bytes(padding + FIXED_BYTES)]
+
+
+def read_record(read: Callable[[int, int], bytes], position: int) -> Record | None:
+    """The record at a position; None where there is no whole one.
+
+    Args:
+        read: Reads so many bytes from a position on; gives fewer where there are no more.
+        position: The position.
+    """
+    fixed = read(FIXED_BYTES, position)
+    if len(fixed) < FIXED_BYTES:
+        return None
+    magic, checksum = _FIXED.unpack_from(fixed)
+    message_bytes, payload_bytes, stands_at = _CHECKED.unpack_from(fixed, _FIXED.size)
+    if (
+        magic != MAGIC
+        or stands_at != position
+        or message_bytes > MAX_MESSAGE_BYTES
+        or payload_bytes > MAX_PAYLOAD_BYTES
+    ):
+        return None
+    body = read(message_bytes + payload_bytes, position + FIXED_BYTES)
+    if len(body) < message_bytes + payload_bytes or crc32(body, crc32(fixed[_FIXED.size :])) != checksum:
+        return None
+    content = FIXED_BYTES + message_bytes + payload_bytes
+    end = position + -(-content // ALIGNMENT) * ALIGNMENT
+    return Record(position, end, body[:message_bytes], memoryview(body)[message_bytes:])

@@ -1,0 +1,120 @@
+"""Training runs through deaths of the server, compared bit for bit with undisturbed ones."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from optimd.client import Adam, ProxyOptions, Sync
+from tests.deaths import Deaths, MortalServer, haunt
+from tests.support import assert_equal_states
+
+SIZES: Final = (40_000, 17, 25_000, 1, 8_000)
+BUCKET_BYTES: Final = 8192
+LR: Final = 0.01
+
+MODES: Final = ("streaming", "atomic", "bf16-loop", "two-deterministic")
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(7)
+    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+
+
+def gradients(rank: int, sequence: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor | None]:
+    """A function of worker and step alone. Now and then a parameter has none."""
+    generator = torch.Generator().manual_seed(1_000_003 * (rank + 1) + sequence)
+    drawn = [torch.randn(size, generator=generator).to(dtype) for size in SIZES]
+    return [None if (sequence + index) % 11 == 3 else grad for index, grad in enumerate(drawn)]
+
+
+def rate(sequence: int) -> float:
+    return LR * (1.0 + 0.25 * (sequence % 4))
+
+
+def run(optimizer: Adam, params: list[nn.Parameter], rank: int, steps: int, dtype: torch.dtype) -> None:
+    """Trains to job step `steps`; each step's gradients and learning rate follow from its number."""
+    while optimizer.job_step < steps:
+        sequence = optimizer.next_sequence
+        for param, grad in zip(params, gradients(rank, sequence, dtype), strict=True):
+            param.grad = grad
+        optimizer.param_groups[0]["lr"] = rate(sequence)
+        if sequence % 13 == 5:
+            # A write between two steps, as by somebody who clips weights.
+            with torch.no_grad():
+                params[1].mul_(0.5)
+        optimizer.step()
+        receipt = optimizer.last_receipt
+        assert receipt is not None
+        assert (receipt.sequence, receipt.step) == (sequence, sequence + 1)
+
+
+def undisturbed(world_size: int, steps: int, dtype: torch.dtype, **options: Any) -> tuple[list[nn.Parameter], Any]:
+    """What torch alone comes to."""
+    params = parameters(dtype)
+    optimizer = torch.optim.Adam(params, lr=LR, **options)
+    for sequence in range(steps):
+        drawn = [gradients(rank, sequence, dtype) for rank in range(world_size)]
+        for index, param in enumerate(params):
+            parts = [grads[index] for grads in drawn]
+            total: torch.Tensor | None = None
+            for part in parts:
+                if part is not None:
+                    total = part if total is None else total + part
+            param.grad = None if total is None else total / world_size if world_size > 1 else total
+        optimizer.param_groups[0]["lr"] = rate(sequence)
+        if sequence % 13 == 5:
+            with torch.no_grad():
+                params[1].mul_(0.5)
+        optimizer.step()
+    return params, optimizer
+
+
+def train_through_deaths(mode: str, folder: Path, *, steps: int, kills: int, seed: int) -> Deaths:
+    """Trains while a server with a data dir in `folder` is killed `kills` times; compares with an undisturbed run."""
+    print(f"mode {mode}, seed {seed}")
+    world_size = 2 if mode.startswith("two") else 1
+    dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
+    kernel: dict[str, Any] = {"fused": False, "foreach": False} if mode.endswith("loop") else {"fused": True}
+    aggregation = Sync(world_size=world_size, deterministic=world_size > 1, timeout_s=60)
+    server = MortalServer(folder / "data", "--fsync=never", "--snapshot-steps=7", "--journal-max-bytes=3000000")
+    made = [0]
+    results: list[tuple[list[nn.Parameter], Any]] = []
+
+    def work(rank: int) -> None:
+        params = parameters(dtype)
+        options = ProxyOptions(
+            rank=rank,
+            world_size=world_size,
+            worker_id=f"worker-{rank}",
+            aggregation=aggregation,
+            apply="streaming" if mode == "streaming" else "atomic",
+            bucket_bytes=BUCKET_BYTES,
+        )
+        with Adam(params, lr=LR, server=server.address, job="immortal", options=options, **kernel) as optimizer:
+            for step in range(1, steps + 1):
+                run(optimizer, params, rank, step, dtype)
+                made[0] = step
+            if rank == 0:
+                results.append((params, optimizer.state_dict()))
+
+    with server.running(), ThreadPoolExecutor(world_size) as pool:
+        workers = [pool.submit(work, rank) for rank in range(world_size)]
+        haunt(server, lambda: made[0], steps=steps, kills=kills, seed=seed)
+        for worker in workers:
+            worker.result(timeout=300)
+    expected, optimizer = undisturbed(world_size, steps, dtype, **kernel)
+    params, state = results[0]
+    for index, (mine, other) in enumerate(zip(params, expected, strict=True)):
+        assert torch.equal(mine, other), f"parameter {index}"
+
+    class Loaded:
+        def state_dict(self) -> Any:
+            return state
+
+    assert_equal_states(Loaded(), optimizer)  # type: ignore[arg-type]  # what it looks at
+    return server.deaths
