@@ -13,6 +13,7 @@ from optimd.server.aggregation import (
     Discard,
     Skip,
     SyncAggregator,
+    TakeBack,
     TimeOut,
     Worker,
 )
@@ -186,6 +187,49 @@ def test_a_streaming_step_that_all_leave_midway_is_committed_as_it_stands() -> N
     assert aggregator.leave(B) == [ApplyBucket(1, (A,))]
     assert aggregator.leave(A) == [Commit(1, (A, B), (A, B))]
     assert not aggregator.is_open
+
+
+def test_a_streaming_step_that_all_leave_midway_is_taken_back_where_that_is_possible() -> None:
+    """A push that was complete goes with it: nobody was told of it. The next step begins as if nothing had been."""
+    aggregator = begun(A, B, streaming=True)
+    aggregator.takes_back = True
+    aggregator.push(A, 0)
+    assert aggregator.push(B, 0) == [ApplyBucket(0, (A, B))]
+    aggregator.end(A)
+    assert aggregator.leave(A) == []
+    assert aggregator.leave(B) == [TakeBack((A, B))]
+    assert not aggregator.is_open
+    assert aggregator.step == 0
+    aggregator.join(A)
+    aggregator.join(B)
+    assert aggregator.begin(A, 0)
+    assert not aggregator.holds(A, 0)
+
+
+def test_a_step_that_somebody_is_left_of_is_not_taken_back() -> None:
+    """It is completed with what the lost one gave."""
+    aggregator = begun(A, B, streaming=True)
+    aggregator.takes_back = True
+    aggregator.push(A, 0)
+    aggregator.push(B, 0)
+    assert aggregator.leave(B) == []
+    assert aggregator.end(A) == [Commit(1, (A, B), (B,))]
+
+
+def test_a_streamed_step_that_was_applied_in_part_goes_on_after_a_restart() -> None:
+    """What is there is passed over, the rest is pushed; a contributor that is gone stays a partial one."""
+    aggregator = SyncAggregator(world_size=3, streaming=True)
+    aggregator.restore(step=7, live=[A, B], absent=[], formed=True)
+    aggregator.restore_step({0: [A, B, C], 2: [A, B, C]})
+    assert aggregator.has_applied
+    assert aggregator.has_begun(A)
+    assert not aggregator.has_begun(C)
+    assert aggregator.holds(A, 0)
+    assert not aggregator.holds(A, 1)
+    assert aggregator.push(A, 1) == []
+    assert aggregator.push(B, 1) == [ApplyBucket(1, (A, B))]
+    assert aggregator.end(A) == []
+    assert aggregator.end(B) == [Commit(8, (A, B, C), (C,))]
 
 
 def test_a_step_closed_without_workers_names_only_those_whose_gradients_are_in() -> None:

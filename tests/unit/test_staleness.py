@@ -824,3 +824,27 @@ def test_workers_that_take_turns_are_as_stale_as_there_are_others(workers: int, 
                 base_steps[freed] = aggregator.step
     first = [*range(workers)]
     assert stale == [*first, *(first if bound == 0 else [workers - 1] * workers) * 2]
+
+
+def test_asynchronous_clocks_go_on_after_a_restart() -> None:
+    """Who was too far ahead waits again, and a push that was applied in part is completed."""
+    aggregator = AsyncAggregator(max_staleness=1, streaming=True)
+    aggregator.restore(step=9, clocks={A: 5, B: 3}, floor=3)
+    aggregator.restore_push(B, [0])
+    aggregator.await_slower()
+    assert (aggregator.lag(A), aggregator.lag(B)) == (2, 0)
+    assert aggregator.is_waiting(A)
+    assert not aggregator.is_waiting(B)
+    assert aggregator.holds(B, 0)
+    assert aggregator.push(B, 1) == [ApplyBucket(1, (B,))]
+    assert aggregator.end(B) == [Commit(10, (B,)), Release((A, B))]
+    assert aggregator.step == 10
+
+
+def test_a_push_that_is_counted_from_a_journal_moves_its_workers_clock() -> None:
+    """Of one that has left by then, only the step counts."""
+    aggregator = AsyncAggregator(max_staleness=None, streaming=True)
+    aggregator.restore(step=0, clocks={A: 0, B: 0}, floor=0)
+    aggregator.count_push(A, 1)
+    aggregator.count_push(C, 2)
+    assert (aggregator.step, dict(aggregator.clocks), aggregator.floor) == (2, {A: 1, B: 0}, 0)

@@ -53,6 +53,13 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeBack:
+    """Every worker of a streamed step was lost, and buckets of it have been applied: go back to before them."""
+
+    lost: tuple[Worker, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Skip:
     """The open step ends without a commit: nothing of it is applied, and all of its pushes are answered."""
 
@@ -89,7 +96,7 @@ class Release:
     workers: tuple[Worker, ...]
 
 
-Decision = ApplyBucket | Commit | Abandon | Skip | Discard | TimeOut | Release
+Decision = ApplyBucket | Commit | Abandon | TakeBack | Skip | Discard | TimeOut | Release
 
 
 class SyncAggregator:
@@ -153,6 +160,8 @@ class SyncAggregator:
         self._applied: set[int] = set()
         self._owed: dict[Worker, set[int]] = {}
         self._waited_since: float | None = None
+        self.takes_back = False
+        """Whether a streamed step that all of its workers are lost from is taken back, not closed as it stands."""
 
     # --- what it is
 
@@ -272,9 +281,8 @@ class SyncAggregator:
     def leave(self, worker: Worker) -> list[Decision]:
         """A worker has left for good. Unknown workers are ignored.
 
-        Where nobody is left, a step of which buckets have been applied is closed: the rest of what was pushed is
-        applied too, since nothing could take the applied ones back. A step of which nothing has been applied is
-        abandoned.
+        Where nobody is left, a step of which buckets have been applied is taken back, if that is possible. Else it is
+        closed: the rest of what was pushed is applied too. A step of which nothing has been applied is abandoned.
         """
         if worker not in self._places():
             return []
@@ -462,6 +470,9 @@ class SyncAggregator:
         if begun and (not self._begun or not (self._places() or self._applied)):
             self._reset()
             return [Abandon(tuple(sorted(begun)))]
+        if begun and self.takes_back and not self._places():
+            self._reset()
+            return [TakeBack(tuple(sorted(begun)))]
         return self._advance()
 
     def _advance(self) -> list[Decision]:

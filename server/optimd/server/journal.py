@@ -55,8 +55,6 @@ class JobJournal:
         log: Where records go; None where the job is not kept, or by snapshots alone.
         syncs: Whether what is acknowledged has to be on the disk before.
         stopping: Set when the server stops: a job that waits for a disk waits no more.
-        repair: Called where a sync has failed, without the job's lock: brings all of the job to the disk in another
-            way, and returns once that is done. Raises OSError.
     """
 
     def __init__(
@@ -66,14 +64,14 @@ class JobJournal:
         *,
         syncs: bool = False,
         stopping: threading.Event | None = None,
-        repair: Callable[[], None] = lambda: None,
     ) -> None:
         self._job = job
         self._log = log
         self._base = 0
         self._syncs = syncs
         self._stopping = stopping or threading.Event()
-        self._repair = repair
+        self._repair: Callable[[], None] = lambda: None
+        self._load_last_commit: Callable[[int], Store | None] = lambda _: None
         self._contribution: Callable[[Worker], tuple[int, int]] = lambda _: (0, 0)
         # All below: guarded by the job's lock.
         self.numbers: dict[Worker, int] = {}
@@ -86,6 +84,8 @@ class JobJournal:
         """Where the first record stands of what is held for a worker's next push, by the worker's number."""
         self.content_changes = 0
         """How often the content has changed otherwise than bucket by bucket."""
+        self.takings_back = 0
+        """How often a round has been taken back."""
         self.has_failed = False
         """Whether something could not be written before the server stopped: then memory is not what is written down."""
         self.trouble = ""
@@ -114,9 +114,19 @@ class JobJournal:
         """
         self._log, self._base = log, position
 
-    def repair_with(self, repair: Callable[[], None]) -> None:
-        """Has `repair` called where a sync has failed, as the constructor's argument says."""
-        self._repair = repair
+    def keep_with(self, *, repair: Callable[[], None], load_last_commit: Callable[[int], Store | None]) -> None:
+        """Says who keeps the job.
+
+        Args:
+            repair: Called where a sync has failed, without the job's lock: brings all of the job to the disk in another
+                way, and returns once that is done. Raises OSError.
+            load_last_commit: As the method of that name.
+        """
+        self._repair, self._load_last_commit = repair, load_last_commit
+
+    def load_last_commit(self, round_number: int) -> Store | None:
+        """Values and state as they were before an open round was settled, from disk; None where they are not there."""
+        return self._load_last_commit(round_number)
 
     # --- what the job is
 
@@ -352,6 +362,8 @@ class JobJournal:
         if self.is_kept:
             taken_back = journal_pb2.RoundTakenBack(round=round_number)
             self._append(journal_pb2.JournalRecord(round_taken_back=taken_back))
+            self.content_changes += 1
+            self.takings_back += 1
 
     def steps_levelled(self) -> None:
         """Parameters whose slices stood at several steps have been brought to one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ from optimd.server.stepping import Round, Stepper
 from optimd.server.store import StagedState, Store
 from optimd.server.watching import CommittedStep, Contribution
 from optimd.wire.layout import Bucket
+
+_log = logging.getLogger(__name__)
 
 ANSWERABLE: Final = (NonFiniteGradientError, StepTimeoutError)
 """Failures of a step that its workers can answer, by stepping again: nothing of it was applied."""
@@ -309,6 +312,8 @@ class Pushing:
             self._changed.notify_all()
         if round_ is None:
             return
+        if round_.taken_back:
+            self._take_back_locked(round_)
         if round_.spoken and round_.is_answered:
             self._job.content.groups = round_.groups
         if round_.commit is not None:
@@ -412,6 +417,25 @@ class Pushing:
                     if member is not None:
                         stale = member.sight.steps_since(decision.bucket_id, step - member.own_steps)
                         member.staleness = max(member.staleness, stale)
+
+    def _take_back_locked(self, round_: Round) -> None:
+        """All workers of a streamed step are lost: the job goes back to its last commit."""
+        job, journal = self._job, self._job.journal
+        store = journal.load_last_commit(round_.number)
+        if store is None:
+            _log.error("job %s: step %d stays as far as it was applied", job.name, job.aggregator.step + 1)
+            journal.round_ended(round_.number)
+            self._mark_torn_locked()
+            return
+        journal.round_taken_back(round_.number)
+        job.content.store = store
+        self.renew_locked()
+        _log.warning(
+            "job %s: all workers of step %d were lost in the middle of it: the job is back at step %d, bit for bit",
+            job.name,
+            job.aggregator.step + 1,
+            job.aggregator.step,
+        )
 
     def _forget_locked(self, worker: Worker | None, step: int) -> None:
         """The step could not be applied: of an asynchronous job, that of one worker."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -63,6 +63,8 @@ class Found:
     """Of each round that is open still how many buckets are applied, and how many there are."""
     foreign: list[journal_pb2.Environment] = field(default_factory=list)
     """Where records were made that were replayed here: elsewhere."""
+    without: frozenset[int] = frozenset()
+    """Rounds of which nothing is to count, whatever the journal says."""
     seconds: float = 0.0
 
     @property
@@ -74,7 +76,9 @@ class Found:
 MakeJob = Callable[[journal_pb2.KeptJob], Job]
 
 
-def recover(folder: Path, files: Files, make_job: MakeJob, *, accept_loss: bool) -> Found:
+def recover(
+    folder: Path, files: Files, make_job: MakeJob, *, accept_loss: bool, taken_back: Collection[int] = ()
+) -> Found:
     """Brings a job back. Nothing in its folder is changed, but that a last record that is not whole is cut.
 
     Args:
@@ -82,6 +86,7 @@ def recover(folder: Path, files: Files, make_job: MakeJob, *, accept_loss: bool)
         files: The system's files.
         make_job: Makes a job, of which nothing is there yet.
         accept_loss: Whether to go on from what stands before a damaged record.
+        taken_back: Rounds of which nothing is to count, besides those of which the journal says so.
 
     Returns:
         What was found; without a job where its creation had not been completed.
@@ -91,7 +96,7 @@ def recover(folder: Path, files: Files, make_job: MakeJob, *, accept_loss: bool)
         OSError: it cannot be read.
     """
     begun = time.monotonic()
-    found = Found(folder=folder)
+    found = Found(folder=folder, without=frozenset(taken_back))
     found.unfinished_snapshot = MAKING in files.names(folder / SNAPSHOTS)
     for name in snapshot_names(files, folder)[::-1]:
         try:
@@ -126,10 +131,17 @@ def _bring_back(
             snapshot.manifest.replay_from,
         )
     )
-    found.survey, found.torn_at, found.lost_from = Survey(), None, None
+    found.survey, found.torn_at, found.lost_from = Survey(taken_back=set(found.without)), None, None
     survey = found.survey
+    applied: list[tuple[int, int, int]] = []
     for record, message in _records(found, files, replay_from, accept_loss=accept_loss):
         survey.see(record, message)
+        if message.HasField("bucket_applied") and record.position < position:
+            applied.append((message.bucket_applied.round, message.bucket_applied.bucket_id, record.position))
+    if snapshot is not None:
+        for round_, bucket_id, at in applied:
+            if round_ in survey.taken_back and at < snapshot.manifest.contents[bucket_id].position:
+                raise SnapshotDamageError(f"snapshot {snapshot.folder.name} holds a part of a step that was taken back")
     found.end = max(survey.end, position)
     if snapshot is not None and survey.end < position and replay_from < position:
         problem = (

@@ -8,13 +8,14 @@ the job is held still meanwhile, between two steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from optimd.server import update
+from optimd.server.aggregation import SyncAggregator
 from optimd.server.company import JobPhase
 from optimd.server.content import JobContent
 from optimd.server.errors import JobDeletedError
@@ -176,6 +177,7 @@ class SnapshotTaker:
                     raise _ChangedMeanwhileError
                 manifest = describe_locked(parts, kinds)
                 manifest.replay_from = min(replay_from, *journal.held_from.values(), journal.position)
+                rounds, takings_back = set(journal.rounds), journal.takings_back
             manifest.format_version = FORMAT_VERSION
             manifest.job.CopyFrom(self._kept)
             manifest.environment.CopyFrom(describe_environment(parts.content.store.device))
@@ -184,6 +186,9 @@ class SnapshotTaker:
                 manifest.buffers.extend(encode_buffer(buffer) for buffer in latest.buffers)
                 manifest.buffers_checksum = writer.write_buffers(latest)
             writer.finish(manifest)
+            if not alone:
+                with lock:
+                    self._await_end(rounds, takings_back)
         finally:
             writer.close()
         return SnapshotInfo(
@@ -193,6 +198,17 @@ class SnapshotTaker:
             replay_from=manifest.replay_from,
             nbytes=layout.nbytes,
         )
+
+    def _await_end(self, rounds: Collection[int], takings_back: int) -> None:
+        """Waits until streamed steps are over that were open when the snapshot was complete. Gives up the lock.
+
+        One of which all workers are lost is taken back, and the snapshot would have a part of it.
+        """
+        parts, journal = self._job.parts, self._job.journal
+        if isinstance(parts.aggregator, SyncAggregator):
+            parts.company.wait(None, lambda: journal.rounds.keys().isdisjoint(rounds), _QUIET_TIMEOUT_S)
+            if journal.takings_back != takings_back:
+                raise _ChangedMeanwhileError
 
     def _await_quiet(self) -> None:
         """Waits until nobody is bringing parameters or state. Gives up the lock meanwhile."""

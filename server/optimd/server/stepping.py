@@ -16,7 +16,7 @@ import torch
 
 from optimd.server import clipping, update
 from optimd.server.accumulator import GradientAccumulator, SeparateGradients
-from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Discard, Skip, TimeOut, Worker
+from optimd.server.aggregation import Abandon, ApplyBucket, Commit, Decision, Discard, Skip, TakeBack, TimeOut, Worker
 from optimd.server.errors import LimitExceededError, NonFiniteGradientError, StepTimeoutError, UpdateRefusedError
 from optimd.server.journal import JobJournal
 from optimd.server.member import Member, disagree, speaker
@@ -62,6 +62,8 @@ class Round:
     """The norm of the reduced gradient before it was clipped, where the job clips."""
     disagreed: bool = False
     abandoned: bool = False
+    taken_back: bool = False
+    """Whether it is abandoned though some of it has been applied, and the job is to go back to before it."""
     failure: Exception | None = None
 
     @property
@@ -228,6 +230,9 @@ class Stepper:
                         self._skip(round_, decision)
                     case Abandon(lost=lost):
                         self._abandon(round_, lost)
+                    case TakeBack():
+                        round_.abandoned = round_.taken_back = True
+                        self._forget()
                     case TimeOut(missing=missing):
                         self._time_out(missing)
         return round_ if round_.is_over else None

@@ -14,9 +14,10 @@ from typing import Final, Literal
 
 import torch
 
+from optimd.server.aggregation import SyncAggregator
 from optimd.server.company import JobPhase
 from optimd.server.datadir import DataDir
-from optimd.server.errors import JobDeletedError, NotDurableError, RequestError, StorageFailedError
+from optimd.server.errors import DataDirError, JobDeletedError, NotDurableError, RequestError, StorageFailedError
 from optimd.server.job import Job
 from optimd.server.journal import JobJournal
 from optimd.server.kept import describe_environment, describe_job, settings_of
@@ -25,6 +26,7 @@ from optimd.server.recovery import FORMAT_VERSION, JOURNAL, SNAPSHOTS, Found, re
 from optimd.server.settings import JobSettings
 from optimd.server.snapshotfile import SnapshotDamageError, SnapshotReader
 from optimd.server.snapshots import MAKING, SnapshotInfo, SnapshotTaker
+from optimd.server.store import Store
 from optimd.v1 import journal_pb2
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _log = logging.getLogger(__name__)
 _JOURNAL_TIMES_STATE: Final = 4
 _LEAST_JOURNAL_BYTES: Final = 256 * 1024 * 1024
 _RETRY_S: Final = 5.0
+_LOADING_TRIES: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,15 +107,19 @@ class Storage:
             raise StorageFailedError(f"job {name!r} cannot be kept in {folder}: {error.strerror or error}") from error
         journal = self._journal(name)
         journal.attach(self._log_at(kept, 0), 0)
-        journal.repair_with(partial(self._repair, kept))
+        self._watch_over(kept, journal)
         with self._lock:
             self._kept[name] = kept
         return journal
+
+    def _watch_over(self, kept: _Kept, journal: JobJournal) -> None:
+        journal.keep_with(repair=partial(self._repair, kept), load_last_commit=partial(self._load_last_commit, kept))
 
     def keep(self, job: Job) -> None:
         """A job has been made with the journal that `create` gave."""
         with self._lock:
             self._kept[job.name].job = job
+        _take_steps_back(job)
 
     def forget(self, job: Job) -> None:
         """A job is gone, for good: so is its folder. May be called more than once."""
@@ -161,7 +168,8 @@ class Storage:
         with job.parts.changed:
             is_logged = self._settings.durability == "log"
             job.journal.attach(self._log_at(kept, found.end) if is_logged else None, found.end)
-            job.journal.repair_with(partial(self._repair, kept))
+            self._watch_over(kept, job.journal)
+            _take_steps_back(job)
             for number in found.taken_back:
                 job.journal.round_taken_back(number)
         kept.taken_step, kept.taken_position = found.snapshot_step, found.end
@@ -279,6 +287,25 @@ class Storage:
             _log.warning("job %s: a sync of its journal failed; snapshot %s has it all", job.name, info.folder.name)
             self._settle(kept, job, info)
 
+    def _load_last_commit(self, kept: _Kept, round_number: int) -> Store | None:
+        """As `JobJournal.load_last_commit`. With the job's lock held: nothing is appended meanwhile."""
+        for _ in range(_LOADING_TRIES):
+            try:
+                found = recover(
+                    kept.folder,
+                    self._files,
+                    lambda description: Job(description.job, settings_of(description), self._device),
+                    accept_loss=False,
+                    taken_back={round_number},
+                )
+            except (DataDirError, OSError) as error:
+                # A snapshot that is being taken may just have replaced what was looked at.
+                _log.warning("job %s: its last commit could not be loaded: %s", kept.kept.job, error)
+            else:
+                if found.job is not None:
+                    return found.job.store
+        return None
+
     # --- time
 
     def is_due(self, job: Job, now: float) -> bool:
@@ -336,7 +363,7 @@ class Storage:
             if job.journal.has_failed:
                 # What is in memory is not what is written down; what is written down has all that was acknowledged.
                 _log.warning("job %s: no last snapshot: its journal could not be written", job.name)
-            elif job.is_in_mid_step and self._settings.durability != "log":
+            elif job.is_in_mid_step:
                 _log.warning("job %s: no last snapshot: it is in the middle of step %d", job.name, job.step + 1)
             else:
                 try:
@@ -351,6 +378,13 @@ class Storage:
         with self._lock:
             jobs = [kept.job for kept in self._kept.values()]
         return [job for job in jobs if job is not None and job.phase is JobPhase.READY]
+
+
+def _take_steps_back(job: Job) -> None:
+    """Where steps are streamed and written down, one that nobody is left of can be taken back."""
+    aggregator = job.parts.aggregator
+    if isinstance(aggregator, SyncAggregator):
+        aggregator.takes_back = aggregator.streaming and job.journal.is_kept
 
 
 def _tell(found: Found, job: Job) -> None:
