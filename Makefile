@@ -3,6 +3,7 @@
 #   make demo         train handwritten digits through a remote Adam and compare with torch's own
 #   make test         every check, then the tests against the built wheel
 #   make integration  PyTorch Lightning and Hugging Face accelerate train with the built wheel, and as with torch's own
+#   make soak         kill servers and workers for a quarter of an hour, and compare every bit with undisturbed runs
 #   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
 #   make proto        regenerate the code under proto/python/optimd/v1
 #   make bench        step times against a local optimizer, and memory of both sides
@@ -18,7 +19,7 @@ PROTOS := $(wildcard proto/optimd/v1/*.proto)
 SOURCES := client server proto/python/optimd/wire tests benchmarks examples tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration check wheel proto bench clean
+.PHONY: help demo test integration soak check wheel proto bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,6 +68,9 @@ integration: wheel
 	$(BIN)/python -m pip --python $(TRAINERS_VENV)/bin/python install --quiet --disable-pip-version-check \
 		-c constraints.txt "$$(echo dist/optimd-*.whl)[integration]"
 	$(TRAINERS_VENV)/bin/python -m pytest --against-wheel tests/trainers $(PYTEST_ARGS)
+
+soak: wheel
+	$(WHEEL_VENV)/bin/python -m pytest --against-wheel -s tests/soak $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) $(TRAINERS_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

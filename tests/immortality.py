@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +16,8 @@ from torch import nn
 
 from optimd.client import Adam, ProxyOptions, Sync
 from tests.deaths import Deaths, MortalServer, haunt
-from tests.support import assert_equal_states
+from tests.fault.worker import ELEMENTS, gradient
+from tests.support import ROOT, assert_equal_states, eventually
 
 SIZES: Final = (40_000, 17, 25_000, 1, 8_000)
 BUCKET_BYTES: Final = 8192
@@ -118,3 +124,76 @@ def train_through_deaths(mode: str, folder: Path, *, steps: int, kills: int, see
 
     assert_equal_states(Loaded(), optimizer)  # type: ignore[arg-type]  # what it looks at
     return server.deaths
+
+
+def train_through_all_deaths(folder: Path, *, steps: int, kills: int, seed: int) -> tuple[Deaths, int]:
+    """As `train_through_deaths`, with two workers that are killed as well and start again at `opt.next_sequence`.
+
+    Returns:
+        What the servers' log says; and how many workers were killed.
+    """
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    server = MortalServer(folder / "data", "--fsync=never", "--snapshot-steps=7", "--lease-s=2")
+    workers: list[subprocess.Popen[str]] = []
+    starts = [0, 0]
+    killed = 0
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        starts[rank] += 1
+        return subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "tests" / "fault" / "worker.py"),
+                f"--server={server.address}",
+                "--job=immortal",
+                f"--folder={folder}",
+                f"--rank={rank}",
+                "--world-size=2",
+                f"--steps={steps}",
+                "--deterministic",
+                "--on-loss=wait",
+                "--pause-s=0.005",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def has_made(due: int) -> bool:
+        pushes = [int(path.stem.split("-")[2]) for path in folder.glob("push-0-*.pt")]
+        return max(pushes, default=0) >= due
+
+    with server.running():
+        try:
+            workers = [start(rank) for rank in range(2)]
+            for number in range(kills):
+                due = int(0.9 * steps * (number + dice.random()) / kills)
+                assert eventually(partial(has_made, due), 120), server.deaths.log[-20:]
+                time.sleep(dice.uniform(0, 0.02))
+                victims = dice.choice(["server", "worker", "both"])
+                if victims != "server":
+                    rank = dice.randrange(2)
+                    if workers[rank].poll() is None:
+                        workers[rank].kill()
+                        killed += 1
+                    workers[rank].wait(10)
+                    workers[rank] = start(rank)
+                if victims != "worker":
+                    server.kill()
+                    server.start()
+            for worker in workers:
+                assert worker.wait(180) == 0, server.deaths.log[-20:]
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                    worker.wait(10)
+    param = nn.Parameter(torch.zeros(ELEMENTS))
+    local = torch.optim.Adam([param], lr=0.05, fused=True)
+    for sequence in range(steps):
+        param.grad = (gradient(0, sequence) + gradient(1, sequence)) / 2
+        local.step()
+    for rank in range(2):
+        assert torch.equal(torch.load(folder / f"final-{rank}.pt"), param.detach()), f"rank {rank}"
+    return server.deaths, killed

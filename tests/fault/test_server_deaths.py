@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.immortality import MODES, train_through_deaths
+from tests.immortality import MODES, train_through_all_deaths, train_through_deaths
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -22,3 +22,11 @@ def test_weights_and_state_are_those_of_an_undisturbed_run_whenever_the_server_i
     deaths = train_through_deaths(mode, tmp_path, steps=60, kills=4, seed=sum(map(ord, mode)))
     assert deaths.kills == 4
     assert deaths.recoveries == 4
+
+
+def test_weights_are_those_of_an_undisturbed_run_whenever_workers_are_killed_as_well(tmp_path: Path) -> None:
+    """Two workers, atomic, each awaited: server, worker or both die four times."""
+    deaths, killed = train_through_all_deaths(tmp_path, steps=60, kills=4, seed=11)
+    assert deaths.kills == deaths.recoveries
+    assert deaths.kills >= 1
+    assert killed >= 1

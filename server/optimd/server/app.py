@@ -125,6 +125,7 @@ class Server:
             raise ConfigurationError(
                 f"cannot listen on {self._config.address}: {error}; choose another with --address"
             ) from error
+        self.registry.begin()
         self._keeper.start()
         before = set(threading.enumerate())
         self._server.start()

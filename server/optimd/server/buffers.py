@@ -33,6 +33,10 @@ class BufferRefresh:
         """A worker has the buffers."""
         self._attached.add(worker)
 
+    def has_attached(self, worker: Worker) -> bool:
+        """Whether a worker has the buffers."""
+        return worker in self._attached
+
     def leave(self, worker: Worker) -> None:
         """A worker has left. Unknown ones are ignored."""
         self._attached.discard(worker)
@@ -99,6 +103,14 @@ class JobBuffers:
     def restore(self, values: BufferValues) -> None:
         """Holds values again that were held before a restart. Nobody uses the job yet."""
         self._values = values
+
+    def has_attached_locked(self, worker: Worker) -> bool:
+        """Whether a worker has the buffers."""
+        return self._refresh.has_attached(worker)
+
+    def restore_attached(self, worker: Worker) -> None:
+        """A worker had the buffers before a restart. Nobody uses the job yet."""
+        self._refresh.attach(worker)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The values by name, on the CPU, row-major; empty where no worker has attached any. Not to be written to."""
@@ -217,6 +229,7 @@ class JobBuffers:
             self._bringing, self._bringing_bytes = None, 0
 
     def _attach_locked(self, member: Member) -> None:
+        self._journal.buffers_attached(member.worker)
         member.buffers_attached = True
         self._refresh.attach(member.worker)
 

@@ -272,6 +272,12 @@ class Job:
                 return True
         return False
 
+    def begin_leases(self) -> None:
+        """All workers have their whole lease from now on: nobody could be heard of while the server was not there."""
+        with self._changed:
+            for worker in self._company.members:
+                self._company.membership.heard(worker, time.monotonic())
+
     def disconnect(self, member: Member) -> None:
         """A worker's line is down: whatever waits on its behalf stops waiting.
 
@@ -336,6 +342,7 @@ class Job:
 
     def delete(self) -> None:
         """Ends the job: whoever waits for it gets `JobDeletedError`."""
+        self.journal.give_up()
         with self._changed:
             self._company.phase = JobPhase.DELETED
             self.journal.close()

@@ -70,6 +70,7 @@ class JobJournal:
         self._base = 0
         self._syncs = syncs
         self._stopping = stopping or threading.Event()
+        self._given_up = threading.Event()
         self._repair: Callable[[], None] = lambda: None
         self._load_last_commit: Callable[[int], Store | None] = lambda _: None
         self._contribution: Callable[[Worker], tuple[int, int]] = lambda _: (0, 0)
@@ -212,6 +213,12 @@ class JobJournal:
         )
         for offset, parts in chunks:
             self._append(journal_pb2.JournalRecord(put_buffers=journal_pb2.PutBuffers(offset=offset)), parts)
+
+    def buffers_attached(self, worker: Worker) -> None:
+        """A worker has the job's buffers."""
+        if self.is_kept:
+            attached = journal_pb2.BuffersAttached(number=self.numbers[worker])
+            self._append(journal_pb2.JournalRecord(buffers_attached=attached))
 
     # --- who is in it
 
@@ -473,6 +480,10 @@ class JobJournal:
         if self._log is not None:
             self._log.drop_before(position)
 
+    def give_up(self) -> None:
+        """The job is about to be deleted: what waits for a disk waits no more. May be called without the job's lock."""
+        self._given_up.set()
+
     def close(self, *, orderly: bool = False) -> None:
         """Writes nothing from now on. May be called more than once.
 
@@ -538,7 +549,7 @@ class JobJournal:
             )
 
     def _pause(self, error: OSError) -> None:
-        if self.has_failed or self._stopping.wait(_RETRY_S):
+        if self.has_failed or self._given_up.wait(_RETRY_S) or self._stopping.is_set():
             self.has_failed = True
             raise StorageFailedError(
                 f"job {self._job!r}: the server's journal cannot be written: {error.strerror or error}"

@@ -119,7 +119,11 @@ def describe_locked(parts: JobParts, kinds: list[str]) -> snapshot_pb2.SnapshotM
         identity = job_pb2.WorkerIdentity(worker_id=worker.worker_id, rank=worker.rank, incarnation=member.incarnation)
         manifest.members.append(
             snapshot_pb2.KeptMember(
-                number=journal.numbers[worker], worker=identity, speaks=member.speaks, own_steps=member.own_steps
+                number=journal.numbers[worker],
+                worker=identity,
+                speaks=member.speaks,
+                own_steps=member.own_steps,
+                buffers_attached=parts.buffers.has_attached_locked(worker),
             )
         )
     if isinstance(aggregator, SyncAggregator):
@@ -162,6 +166,8 @@ def restore(manifest: snapshot_pb2.SnapshotManifest, parts: JobParts) -> None:
     live = {_worker_of(kept): kept for kept in manifest.members if not kept.absent}
     for worker, kept in live.items():
         restore_member(parts, worker, kept.worker.incarnation, speaks=kept.speaks, own_steps=kept.own_steps)
+        if kept.buffers_attached:
+            parts.buffers.restore_attached(worker)
     if isinstance(aggregator, SyncAggregator):
         absent = [_worker_of(kept) for kept in manifest.members if kept.absent]
         aggregator.restore(step=manifest.step, live=live, absent=absent, formed=manifest.formed)

@@ -169,7 +169,9 @@ def serve_discard(job: Job, member: Member, message: training_pb2.DiscardAccumul
     Raises:
         RequestError: the stream cannot go on.
     """
-    yield _accumulated(job.accumulating.discard(member, sequence=message.sequence, micro=message.micro))
+    micro = job.accumulating.discard(member, sequence=message.sequence, micro=message.micro)
+    job.journal.await_durable()
+    yield _accumulated(micro)
 
 
 def _accumulated(micro: int) -> bytes:

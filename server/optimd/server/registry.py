@@ -257,6 +257,11 @@ class JobRegistry:
             for job in self.storage.recover(self._make):
                 self._jobs[job.name] = job
 
+    def begin(self) -> None:
+        """Workers can come from now on: until then nothing could be heard of those that were in a job."""
+        for job in self.all():
+            job.begin_leases()
+
     def snapshot(self, name: str) -> SnapshotInfo:
         """Has a snapshot of a job written to the disk. Blocks until it is there.
 

@@ -276,6 +276,11 @@ class Replay:
 
         self._begin(_Bringing(message.chunk_count, put, lambda: self._parts.buffers.restore(values)))
 
+    def _buffers_attached(self, message: journal_pb2.BuffersAttached, _record: Record) -> None:
+        member = self._member(message.number)
+        if member is not None:
+            self._parts.buffers.restore_attached(member.worker)
+
     # --- who is in it
 
     def _worker_joined(self, message: journal_pb2.WorkerJoined, _record: Record) -> None:

@@ -111,6 +111,12 @@ class BuffersBrought(_message.Message):
     chunk_count: int
     def __init__(self, buffers: _Optional[_Iterable[_Union[_tensor_pb2.BufferSpec, _Mapping]]] = ..., chunk_count: _Optional[int] = ...) -> None: ...
 
+class BuffersAttached(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
 class PutBuffers(_message.Message):
     __slots__ = ("offset",)
     OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -264,7 +270,7 @@ class JournalClosed(_message.Message):
     def __init__(self) -> None: ...
 
 class JournalRecord(_message.Message):
-    __slots__ = ("segment_started", "layout_brought", "state_brought", "content_brought", "put_tensors", "buffers_brought", "put_buffers", "worker_joined", "worker_left", "round_settled", "bucket_applied", "round_committed", "round_skipped", "round_ended", "round_taken_back", "steps_levelled", "push_answered", "gradients_held", "accumulation_ended", "journal_closed")
+    __slots__ = ("segment_started", "layout_brought", "state_brought", "content_brought", "put_tensors", "buffers_brought", "put_buffers", "worker_joined", "worker_left", "round_settled", "bucket_applied", "round_committed", "round_skipped", "round_ended", "round_taken_back", "steps_levelled", "push_answered", "gradients_held", "accumulation_ended", "journal_closed", "buffers_attached")
     SEGMENT_STARTED_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_BROUGHT_FIELD_NUMBER: _ClassVar[int]
     STATE_BROUGHT_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +291,7 @@ class JournalRecord(_message.Message):
     GRADIENTS_HELD_FIELD_NUMBER: _ClassVar[int]
     ACCUMULATION_ENDED_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_CLOSED_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_ATTACHED_FIELD_NUMBER: _ClassVar[int]
     segment_started: SegmentStarted
     layout_brought: LayoutBrought
     state_brought: StateBrought
@@ -305,4 +312,5 @@ class JournalRecord(_message.Message):
     gradients_held: GradientsHeld
     accumulation_ended: AccumulationEnded
     journal_closed: JournalClosed
-    def __init__(self, segment_started: _Optional[_Union[SegmentStarted, _Mapping]] = ..., layout_brought: _Optional[_Union[LayoutBrought, _Mapping]] = ..., state_brought: _Optional[_Union[StateBrought, _Mapping]] = ..., content_brought: _Optional[_Union[ContentBrought, _Mapping]] = ..., put_tensors: _Optional[_Union[PutTensors, _Mapping]] = ..., buffers_brought: _Optional[_Union[BuffersBrought, _Mapping]] = ..., put_buffers: _Optional[_Union[PutBuffers, _Mapping]] = ..., worker_joined: _Optional[_Union[WorkerJoined, _Mapping]] = ..., worker_left: _Optional[_Union[WorkerLeft, _Mapping]] = ..., round_settled: _Optional[_Union[RoundSettled, _Mapping]] = ..., bucket_applied: _Optional[_Union[BucketApplied, _Mapping]] = ..., round_committed: _Optional[_Union[RoundCommitted, _Mapping]] = ..., round_skipped: _Optional[_Union[RoundSkipped, _Mapping]] = ..., round_ended: _Optional[_Union[RoundEnded, _Mapping]] = ..., round_taken_back: _Optional[_Union[RoundTakenBack, _Mapping]] = ..., steps_levelled: _Optional[_Union[StepsLevelled, _Mapping]] = ..., push_answered: _Optional[_Union[PushAnswered, _Mapping]] = ..., gradients_held: _Optional[_Union[GradientsHeld, _Mapping]] = ..., accumulation_ended: _Optional[_Union[AccumulationEnded, _Mapping]] = ..., journal_closed: _Optional[_Union[JournalClosed, _Mapping]] = ...) -> None: ...
+    buffers_attached: BuffersAttached
+    def __init__(self, segment_started: _Optional[_Union[SegmentStarted, _Mapping]] = ..., layout_brought: _Optional[_Union[LayoutBrought, _Mapping]] = ..., state_brought: _Optional[_Union[StateBrought, _Mapping]] = ..., content_brought: _Optional[_Union[ContentBrought, _Mapping]] = ..., put_tensors: _Optional[_Union[PutTensors, _Mapping]] = ..., buffers_brought: _Optional[_Union[BuffersBrought, _Mapping]] = ..., put_buffers: _Optional[_Union[PutBuffers, _Mapping]] = ..., worker_joined: _Optional[_Union[WorkerJoined, _Mapping]] = ..., worker_left: _Optional[_Union[WorkerLeft, _Mapping]] = ..., round_settled: _Optional[_Union[RoundSettled, _Mapping]] = ..., bucket_applied: _Optional[_Union[BucketApplied, _Mapping]] = ..., round_committed: _Optional[_Union[RoundCommitted, _Mapping]] = ..., round_skipped: _Optional[_Union[RoundSkipped, _Mapping]] = ..., round_ended: _Optional[_Union[RoundEnded, _Mapping]] = ..., round_taken_back: _Optional[_Union[RoundTakenBack, _Mapping]] = ..., steps_levelled: _Optional[_Union[StepsLevelled, _Mapping]] = ..., push_answered: _Optional[_Union[PushAnswered, _Mapping]] = ..., gradients_held: _Optional[_Union[GradientsHeld, _Mapping]] = ..., accumulation_ended: _Optional[_Union[AccumulationEnded, _Mapping]] = ..., journal_closed: _Optional[_Union[JournalClosed, _Mapping]] = ..., buffers_attached: _Optional[_Union[BuffersAttached, _Mapping]] = ...) -> None: ...

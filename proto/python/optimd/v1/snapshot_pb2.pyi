@@ -42,20 +42,22 @@ class KeptWorker(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., rank: _Optional[int] = ..., next_sequence: _Optional[int] = ..., pushes: _Optional[int] = ..., dropped: _Optional[int] = ..., receipt: _Optional[_Union[_training_pb2.StepReceipt, _Mapping]] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class KeptMember(_message.Message):
-    __slots__ = ("number", "worker", "speaks", "absent", "clock", "own_steps")
+    __slots__ = ("number", "worker", "speaks", "absent", "clock", "own_steps", "buffers_attached")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     SPEAKS_FIELD_NUMBER: _ClassVar[int]
     ABSENT_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     OWN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_ATTACHED_FIELD_NUMBER: _ClassVar[int]
     number: int
     worker: _job_pb2.WorkerIdentity
     speaks: bool
     absent: bool
     clock: int
     own_steps: int
-    def __init__(self, number: _Optional[int] = ..., worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., speaks: bool = ..., absent: bool = ..., clock: _Optional[int] = ..., own_steps: _Optional[int] = ...) -> None: ...
+    buffers_attached: bool
+    def __init__(self, number: _Optional[int] = ..., worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., speaks: bool = ..., absent: bool = ..., clock: _Optional[int] = ..., own_steps: _Optional[int] = ..., buffers_attached: bool = ...) -> None: ...
 
 class KeptRound(_message.Message):
     __slots__ = ("settled", "applied")
