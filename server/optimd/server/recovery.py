@@ -45,6 +45,7 @@ class Found:
     snapshot: str = ""
     """The name of the snapshot that was used; empty where none was."""
     snapshot_step: int = 0
+    snapshot_position: int = 0
     damaged: list[str] = field(default_factory=list)
     """What is wrong with newer snapshots, which could not be used."""
     unfinished_snapshot: bool = False
@@ -190,6 +191,7 @@ def _bring_back(
     found.job, found.kept = job, kept
     if snapshot is not None:
         found.snapshot, found.snapshot_step = snapshot.folder.name, snapshot.manifest.step
+        found.snapshot_position = position
 
 
 def _records(

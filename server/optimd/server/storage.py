@@ -65,6 +65,7 @@ class _Kept:
         self.taken_s = time.monotonic()
         self.taken_step = 0
         self.taken_position = 0
+        self.has_snapshot = False
         self.failed_s: float | None = None
 
 
@@ -143,7 +144,7 @@ class Storage:
         Raises:
             DataDirError: one cannot be brought back; the message names the file and the remedy.
         """
-        jobs = []
+        jobs: list[Job] = []
         for folder in list(self._dir.job_folders()):
 
             def make(kept: journal_pb2.KeptJob) -> Job:
@@ -154,6 +155,10 @@ class Storage:
                 _log.warning("%s holds a job whose creation was never completed: removed", folder)
                 self._dir.remove_job(folder)
                 continue
+            if any(job.name == found.job.name for job in jobs):
+                raise DataDirError(
+                    f"{folder} and another folder hold job {found.job.name!r}: take one of them out of {folder.parent}"
+                )
             self._go_on(found, found.job, found.kept)
             jobs.append(found.job)
         return jobs
@@ -172,7 +177,8 @@ class Storage:
             _take_steps_back(job)
             for number in found.taken_back:
                 job.journal.round_taken_back(number)
-        kept.taken_step, kept.taken_position = found.snapshot_step, found.end
+        kept.taken_step, kept.taken_position = found.snapshot_step, found.snapshot_position
+        kept.has_snapshot = bool(found.snapshot)
         with self._lock:
             self._kept[job.name] = kept
         _tell(found, job)
@@ -250,7 +256,7 @@ class Storage:
     def _settle(self, kept: _Kept, job: Job, info: SnapshotInfo) -> None:
         """A snapshot is there: older ones, and records that none needs, go."""
         kept.taken_s, kept.failed_s = time.monotonic(), None
-        kept.taken_step, kept.taken_position = info.step, info.position
+        kept.taken_step, kept.taken_position, kept.has_snapshot = info.step, info.position, True
         try:
             folder = kept.folder / SNAPSHOTS
             names = snapshot_names(self._files, kept.folder)
@@ -328,6 +334,13 @@ class Storage:
             or written > limit
         )
 
+    def _has_news(self, job: Job) -> bool:
+        """Whether a job has changed since its last snapshot, if it has any."""
+        with self._lock:
+            kept = self._kept[job.name]
+        position = job.journal.position
+        return not kept.has_snapshot or (job.step, position) != (kept.taken_step, kept.taken_position)
+
     def tick(self, job: Job) -> None:
         """Takes the snapshot that is due, unless one is being taken. What goes wrong is in the log."""
         with self._lock:
@@ -360,7 +373,9 @@ class Storage:
     def close(self) -> None:
         """The server has stopped serving: takes a last snapshot of each job, and ends the journals."""
         for job in self._jobs():
-            if job.journal.has_failed:
+            if not self._has_news(job):
+                _log.info("job %s: its last snapshot is of step %d still", job.name, job.step)
+            elif job.journal.has_failed:
                 # What is in memory is not what is written down; what is written down has all that was acknowledged.
                 _log.warning("job %s: no last snapshot: its journal could not be written", job.name)
             elif job.is_in_mid_step:
