@@ -88,10 +88,15 @@ class JobBuffers:
         """What they take, the copy that is received while the one before it is held included."""
         return self._bringing_bytes + (2 * self._values.nbytes if self._values is not None else 0)
 
+    def values(self) -> BufferValues | None:
+        """The values, for reading alone; None where no worker has attached any."""
+        with self._changed:
+            return self._values
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The values by name, on the CPU, row-major; empty where no worker has attached any. Not to be written to."""
-        with self._changed:
-            return dict(self._values.tensors) if self._values is not None else {}
+        values = self.values()
+        return dict(values.tensors) if values is not None else {}
 
     def attach(
         self, member: Member, buffers: Sequence[Buffer], *, bytes_left: Callable[[], int]
