@@ -91,6 +91,25 @@ def assert_equal_states(ours: torch.optim.Optimizer, theirs: torch.optim.Optimiz
             assert torch.equal(mine[index][key], value), (index, key)
 
 
+def assert_alike(ours: Any, theirs: Any, at: str = "") -> None:
+    """Two nests of dicts, lists, tensors and plain values: to the bit, in types, dtypes, strides and keys."""
+    assert type(ours) is type(theirs), at
+    if isinstance(ours, torch.Tensor):
+        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride()), at
+        assert torch.equal(ours, theirs), at
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), at
+        for key, value in ours.items():
+            assert_alike(value, theirs[key], f"{at}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), at
+        for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_alike(mine, other, f"{at}[{place}]")
+    else:
+        # By text: a NaN is not equal to itself.
+        assert repr(ours) == repr(theirs), at
+
+
 def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
     """Whether `condition` comes true in time. For what other processes do, which nothing here can wait for."""
     deadline = time.monotonic() + timeout_s

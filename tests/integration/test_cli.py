@@ -7,8 +7,12 @@ import logging
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -22,6 +26,8 @@ from typer.testing import CliRunner
 from optimd.cli.app import app
 from optimd.client import Adam, ProxyOptions
 from optimd.server import Server, ServerConfig
+from optimd.v1 import admin_pb2, errors_pb2, reading_pb2
+from optimd.wire.reasons import ERROR_TRAILER
 from tests.support import in_threads, running_server
 
 OPTIMD = Path(sys.executable).parent / "optimd"
@@ -114,6 +120,85 @@ def test_more_jobs_than_a_page_are_all_listed(server: Server, monkeypatch: pytes
         optimizer.close()
 
 
+class SnapshotService:
+    """A server that has one job, of which it gives `answer` for a snapshot. Without one it has no such call."""
+
+    def __init__(self, answer: Callable[[reading_pb2.SnapshotRequest, grpc.ServicerContext], Any] | None) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(2))
+        self._server.add_generic_rpc_handlers((_handler("AdminService", "GetJob", admin_pb2.GetJobRequest, _known),))
+        if answer is not None:
+            self._server.add_generic_rpc_handlers(
+                (_handler("OptimizerService", "Snapshot", reading_pb2.SnapshotRequest, answer),)
+            )
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+
+def _handler(service: str, method: str, request: Any, work: Callable[..., Any]) -> grpc.GenericRpcHandler:
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+        work, request_deserializer=request.FromString, response_serializer=lambda answer: answer.SerializeToString()
+    )
+    return grpc.method_handlers_generic_handler(f"optimd.v1.{service}", {method: handler})
+
+
+def _known(request: admin_pb2.GetJobRequest, context: grpc.ServicerContext) -> admin_pb2.GetJobResponse:
+    if request.job != "alpha":
+        context.abort(grpc.StatusCode.NOT_FOUND, f"there is no job {request.job!r} on this server")
+    return admin_pb2.GetJobResponse()
+
+
+def test_a_snapshot_says_where_it_is() -> None:
+    """Its step, its folder, its size; or that there is no such job."""
+    response = reading_pb2.SnapshotResponse(step=12, path="jobs/alpha/snapshots/12", nbytes=3_400_000)
+    asked: list[str] = []
+
+    def answer(request: reading_pb2.SnapshotRequest, _: grpc.ServicerContext) -> reading_pb2.SnapshotResponse:
+        asked.append(request.job)
+        return response
+
+    with SnapshotService(answer) as service:
+        status, output = optimd("jobs", "snapshot", "alpha", "--server", service.address)
+        assert (status, output) == (0, "job alpha at step 12 is in jobs/alpha/snapshots/12: 3.4 MB\n")
+        status, output = optimd("jobs", "snapshot", "beta", "--server", service.address)
+        assert (status, output) == (2, "optimd: there is no job 'beta' on this server\n")
+    assert asked == ["alpha"]
+
+
+def test_a_snapshot_that_is_not_made_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older server, a full disk, one that takes too long, none at all: each is told apart from the others."""
+
+    def full(_: Any, context: grpc.ServicerContext) -> None:
+        detail = errors_pb2.ErrorDetail(reason=errors_pb2.ERROR_REASON_STORAGE_FAILED, message="the disk is full")
+        context.set_trailing_metadata(((ERROR_TRAILER, detail.SerializeToString()),))
+        context.abort(grpc.StatusCode.UNAVAILABLE, detail.message)
+
+    released = threading.Event()
+
+    def slow(*_: Any) -> reading_pb2.SnapshotResponse:
+        released.wait(60)
+        return reading_pb2.SnapshotResponse()
+
+    for answer, sentence in (
+        (None, "the server at {} is an older one, and does not do that"),
+        (full, "the disk is full"),
+        (slow, "no snapshot of job alpha was complete in 0.5 s; it may still come"),
+    ):
+        monkeypatch.setattr("optimd.cli.admin._SNAPSHOT_TIMEOUT_S", 0.5 if answer is slow else 60)
+        with SnapshotService(answer) as service:
+            status, output = optimd("jobs", "snapshot", "alpha", "--server", service.address)
+            if answer is slow:
+                released.set()
+        assert (status, output) == (2, f"optimd: {sentence.format(service.address)}\n")
+    status, output = optimd("jobs", "snapshot", "alpha", "--server", "127.0.0.1:1")
+    assert (status, "no optimd server answers" in output) == (2, True)
+
+
 def test_no_server_is_one_sentence_and_status_2() -> None:
     """With the remedy."""
     status, output = optimd("jobs", "list", "--server", "127.0.0.1:1")
@@ -199,7 +284,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(server: Server) -> No
 
 def test_calls_that_nobody_reads_do_not_take_the_servers_threads() -> None:
     """Health watches have their own; reads beyond the limit are refused at once, and training goes on."""
-    from optimd.v1 import reading_pb2, tensor_pb2
+    from optimd.v1 import tensor_pb2
     from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 
     with running_server(max_workers=2, health=True) as server, grpc.insecure_channel(server.address) as channel:

@@ -120,7 +120,7 @@ BLOCK = """
 import sys
 
 class Blocker:
-    blocked = {"typer", "rich", "structlog", "grpc_health", "grpc_reflection", "psutil"}
+    blocked = {"typer", "rich", "structlog", "safetensors", "grpc_health", "grpc_reflection", "psutil"}
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.blocked:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 from optimd.client.options import ProxyOptions
 from optimd.client.proxy import OptimizerProxy
 from optimd.client.statetransfer import RemoteEntry
+from optimd.client.torchform import RULE, STATE_TENSORS, in_torchs_form
 
 # torch's classes are bound here, once: a program may put ours in their place, under torch's own names.
 
@@ -25,8 +26,8 @@ from optimd.client.statetransfer import RemoteEntry
 class _AdamRule(OptimizerProxy):
     """What Adam and AdamW have in common."""
 
-    _rule: ClassVar[str] = "adam"
-    _state_tensors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _rule: ClassVar[str] = RULE
+    _state_tensors: ClassVar[tuple[str, ...]] = STATE_TENSORS
 
     _made_here_by: ClassVar[str] = "differentiable=True"
     _sparse_error: ClassVar[str] = "Adam does not support sparse gradients, please consider SparseAdam instead"
@@ -71,12 +72,7 @@ class _AdamRule(OptimizerProxy):
             self._rehearsed |= {key}
 
     def _in_torchs_form(self, entry: RemoteEntry, tensor: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        beside = bool(group["capturable"] or group["fused"])
-        wide = torch.get_default_dtype() is torch.float64 and not group["fused"]
-        step = torch.tensor(
-            entry.step, dtype=torch.float64 if wide else torch.float32, device=tensor.device if beside else "cpu"
-        )
-        return {"step": step, **{name: value.to(tensor.device) for name, value in entry.tensors.items()}}
+        return in_torchs_form(entry, group, tensor.device)
 
 
 def _rehearse(

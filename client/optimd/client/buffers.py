@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -88,12 +88,12 @@ def attach(stream: TrainStream, attached: AttachedBuffers, here: BufferValues, c
     Raises:
         OptimdError: the stream has ended, or nobody can go on with it.
     """
-    stream.send(_announcement(attached))
+    stream.send(announcement(attached.buffers))
     kind, message, _ = stream.expect("buffers_accepted", "refused")
     if kind == "refused":
         return exception_of(message.refused)
     if message.buffers_accepted.send_values:
-        stream.send(_chunks(here, chunk_bytes))
+        stream.send(chunks(here, chunk_bytes))
         stream.expect("buffers_held")
     else:
         values = _receive(stream, attached)
@@ -109,41 +109,67 @@ def push(stream: TrainStream, values: BufferValues, chunk_bytes: int) -> None:
         OptimdError: the stream has ended.
     """
     stream.send([encode(training_pb2.TrainRequest(push_buffers=training_pb2.PushBuffers()))])
-    stream.send(_chunks(values, chunk_bytes))
+    stream.send(chunks(values, chunk_bytes))
     stream.expect("buffers_held")
 
 
-def _announcement(attached: AttachedBuffers) -> Iterator[bytes]:
+def announcement(buffers: Sequence[Buffer]) -> Iterator[bytes]:
+    """What announces buffers: the first message, and the pages that say what they are."""
     yield encode(training_pb2.TrainRequest(attach_buffers=training_pb2.AttachBuffers()))
-    for page, last in paginate(encode_buffer(buffer) for buffer in attached.buffers):
+    for page, last in paginate(encode_buffer(buffer) for buffer in buffers):
         yield encode(training_pb2.TrainRequest(buffers=training_pb2.BuffersPage(buffers=page, last=last)))
 
 
-def _chunks(values: BufferValues, chunk_bytes: int) -> Iterator[bytes]:
+def chunks(values: BufferValues, chunk_bytes: int) -> Iterator[bytes]:
+    """The bytes of buffers, in messages."""
     progress = Progress("uploading buffers", values.nbytes)
     for offset, parts in values.chunks(chunk_bytes):
         yield encode(training_pb2.TrainRequest(buffer_chunk=tensor_pb2.BufferChunk(offset=offset)), parts)
         progress.advance(sum(part.nbytes for part in parts))
 
 
-def _receive(stream: TrainStream, attached: AttachedBuffers) -> BufferValues:
-    values = BufferValues(attached.buffers)
-    progress = Progress("receiving buffers", values.nbytes)
-    received = 0
-    while received < values.nbytes:
-        _, message, frame = stream.expect("buffer_chunk")
-        if message.buffer_chunk.offset != received or not frame.payload.nbytes:
-            raise ProtocolError(
-                f"the server sent {frame.payload.nbytes} bytes of buffers from byte {message.buffer_chunk.offset} on "
-                f"where byte {received} was due"
+class BufferReceiver:
+    """Puts buffers together from chunks, which come in order and without gaps.
+
+    Args:
+        buffers: What they are.
+    """
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self.values = BufferValues(buffers)
+        """As far as they have come."""
+        self._received = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all has come."""
+        return self._received >= self.values.nbytes
+
+    def take(self, header: tensor_pb2.BufferChunk, payload: memoryview) -> None:
+        """The next chunk.
+
+        Raises:
+            ValueError: it is not the next, or does not fit.
+        """
+        if header.offset != self._received or not payload.nbytes:
+            raise ValueError(
+                f"{payload.nbytes} bytes of buffers from byte {header.offset} on, where byte {self._received} was due"
             )
+        self.values.write(self._received, payload)
+        self._received += payload.nbytes
+
+
+def _receive(stream: TrainStream, attached: AttachedBuffers) -> BufferValues:
+    receiver = BufferReceiver(attached.buffers)
+    progress = Progress("receiving buffers", receiver.values.nbytes)
+    while not receiver.is_complete:
+        _, message, frame = stream.expect("buffer_chunk")
         try:
-            values.write(received, frame.payload)
+            receiver.take(message.buffer_chunk, frame.payload)
         except ValueError as error:
             raise ProtocolError(f"the server sent buffers that do not fit: {error}") from error
-        received += frame.payload.nbytes
         progress.advance(frame.payload.nbytes)
-    return values
+    return receiver.values
 
 
 def _describe(name: str, tensor: torch.Tensor) -> Buffer:

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import torch
 
+from optimd.client.beginnings import Beginnings
 from optimd.client.caretaker import caretaker
 from optimd.client.connection import LEAVE_TIMEOUT_S, Connection, TrainStream
 from optimd.client.exceptions import (
@@ -119,14 +120,18 @@ class JobLine:
     # --- opening and growing
 
     def open(
-        self, groups: Sequence[Mapping[str, Any]], tensors: Sequence[torch.Tensor], parameters: Sequence[Parameter]
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        tensors: Sequence[torch.Tensor],
+        parameters: Sequence[Parameter],
+        beginnings: Beginnings | None = None,
     ) -> list[dict[str, Any]] | None:
-        """Opens the job, as `Session.open` says."""
+        """Opens the job, as `Session.open` says. Where it is created, it has what else it is to begin with."""
         self._stream = self.connection.open_stream()
         messages = group_messages(self.request.rule, 0, groups)
         with self.failing_for_good():
             self._stream.send(self._opening(messages, parameters))
-            adopted = self._exchange_values(messages, tensors, parameters)
+            adopted = self._exchange_values(messages, tensors, parameters, beginnings=beginnings)
         self._is_cared_for = True
         caretaker.add(self)
         return adopted
@@ -184,6 +189,7 @@ class JobLine:
         parameters: Sequence[Parameter],
         *,
         replaces: bool = False,
+        beginnings: Beginnings | None = None,
     ) -> list[dict[str, Any]] | None:
         """From LayoutAccepted to JobReady."""
         stream = self.stream()
@@ -211,6 +217,8 @@ class JobLine:
         finish_on_devices(tensors)
         total = sum(bucket.nbytes for bucket in new_buckets)
         if adopted is None:
+            if beginnings is not None:
+                stream.send(beginnings.messages(layout, self.bucket_bytes))
             stream.send(_values(layout, new_buckets, at, Progress("uploading parameters", total)))
             _, message, _ = stream.expect("ready")
             ready = message.ready

@@ -12,27 +12,9 @@ from typing import Final
 from optimd.client.embedded import embedded_server
 from optimd.client.environment import WorkerEnvironment
 from optimd.client.exceptions import ConfigurationError
+from optimd.client.jobsettings import APPLY, NONFINITE, ON_EXISTING, encode_aggregation
 from optimd.client.layoutexchange import JobRequest
-from optimd.client.options import Async, ProxyOptions, Sync
-from optimd.v1 import job_pb2
-
-_ON_EXISTING: Final = {
-    "resume": job_pb2.ON_EXISTING_RESUME,
-    "fail": job_pb2.ON_EXISTING_FAIL,
-    "replace": job_pb2.ON_EXISTING_REPLACE,
-}
-_APPLY: Final = {
-    "auto": job_pb2.APPLY_MODE_AUTO,
-    "streaming": job_pb2.APPLY_MODE_STREAMING,
-    "atomic": job_pb2.APPLY_MODE_ATOMIC,
-}
-_NONFINITE: Final = {
-    "allow": job_pb2.NON_FINITE_ALLOW,
-    "skip": job_pb2.NON_FINITE_SKIP,
-    "error": job_pb2.NON_FINITE_ERROR,
-}
-_REDUCTION: Final = {"mean": job_pb2.REDUCTION_MEAN, "sum": job_pb2.REDUCTION_SUM}
-_ON_LOSS: Final = {"shrink": job_pb2.ON_LOSS_SHRINK, "wait": job_pb2.ON_LOSS_WAIT}
+from optimd.client.options import Async, ProxyOptions
 
 # What the workers of one torchrun call their job on the server that only they can reach.
 _GROUP_JOB: Final = "torchrun"
@@ -111,7 +93,7 @@ def place(
             f"rank {rank} does not fit world_size {world_size}: set both in ProxyOptions, or start the workers "
             "with torchrun"
         )
-    aggregation = _aggregation(options.aggregation, world_size)
+    aggregation = encode_aggregation(options.aggregation, world_size)
     address = server or environment.server
     if address is not None:
         _check_address(address)
@@ -144,12 +126,12 @@ def place(
             worker_id=worker_id,
             rank=rank,
             rule=rule,
-            on_existing=_ON_EXISTING[options.on_existing],
+            on_existing=ON_EXISTING[options.on_existing],
             aggregation=aggregation,
-            apply=_APPLY[options.apply],
+            apply=APPLY[options.apply],
             bucket_bytes=options.bucket_bytes or 0,
             max_grad_norm=options.max_grad_norm,
-            nonfinite=_NONFINITE[options.nonfinite],
+            nonfinite=NONFINITE[options.nonfinite],
         ),
     )
 
@@ -159,34 +141,6 @@ def _default_worker_id(options: ProxyOptions, environment: WorkerEnvironment, ra
         # Nobody has numbered the workers: any number of them may be on this host.
         return f"{environment.host}-{os.getpid()}"
     return environment.default_worker_id if options.rank is None else f"{environment.host}-{rank}"
-
-
-def _aggregation(aggregation: Sync | Async, world_size: int | None) -> job_pb2.Aggregation:
-    if isinstance(aggregation, Async):
-        return job_pb2.Aggregation(
-            asynchronous=job_pb2.AsyncAggregation(
-                max_staleness=aggregation.max_staleness,
-                timeout_s=aggregation.timeout_s,
-                join_timeout_s=aggregation.join_timeout_s,
-            )
-        )
-    if aggregation.backup_workers and (world_size is None or aggregation.backup_workers >= world_size):
-        raise ConfigurationError(
-            f"Sync(backup_workers={aggregation.backup_workers}) leaves no worker of "
-            f"{'an elastic job' if world_size is None else world_size} that a step can rely on: it must be less than "
-            "world_size, and that a number"
-        )
-    return job_pb2.Aggregation(
-        sync=job_pb2.SyncAggregation(
-            world_size=world_size or 0,
-            reduction=_REDUCTION[aggregation.reduction],
-            timeout_s=aggregation.timeout_s,
-            join_timeout_s=aggregation.join_timeout_s,
-            backup_workers=aggregation.backup_workers,
-            deterministic=aggregation.deterministic,
-            on_loss=_ON_LOSS[aggregation.on_loss],
-        )
-    )
 
 
 def _world_size(options: ProxyOptions, environment: WorkerEnvironment) -> int | None:

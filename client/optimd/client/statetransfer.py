@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,72 @@ def state_header(index: int, entry: RemoteEntry) -> state_dict_pb2.ParameterStat
     )
 
 
+class StateReceiver:
+    """Puts a job's values and state together from the parts of a `ReadState` answer.
+
+    Args:
+        layout: What is known of the job.
+        kinds: What was asked for: keys of torch's state, and `PARAMETER` for values.
+        into: Where values are written to, by parameter index. None: to new tensors.
+    """
+
+    def __init__(self, layout: JobLayout, kinds: Sequence[str], *, into: dict[int, torch.Tensor] | None = None) -> None:
+        self._layout = layout
+        self._entries: dict[int, RemoteEntry] = {}
+        self._tensors: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in kinds}
+        if into is not None:
+            self._tensors[PARAMETER] = into
+        self._writers = {kind: FlatWriter(self._tensors[kind], layout.parameters) for kind in kinds}
+
+    def take_entries(self, page: state_dict_pb2.StateDictPage) -> None:
+        """The next page of entries. What is in it of groups is not looked at."""
+        for entry in page.state:
+            self._entries[entry.parameter] = RemoteEntry(entry.step, {})
+
+    def take_bucket(self, header: tensor_pb2.TensorBucket, payload: memoryview) -> None:
+        """The next bucket.
+
+        Raises:
+            ValueError: it is none of the job's, was not asked for, or its payload does not fit.
+        """
+        kind, bucket = decode_kind(header.kind), self._layout.bucket(header.bucket_id)
+        if kind not in self._tensors:
+            raise ValueError(f"{kind} was not asked for")
+        tensors = self._tensors[kind]
+        present = unpack_present(header.present, len(bucket.slices))
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if here and piece.parameter not in tensors:
+                tensors[piece.parameter] = _empty(self._layout.parameters[piece.parameter], kind)
+        self._writers[kind].write(kind, bucket, present, payload)
+
+    def finish(self) -> tuple[dict[int, RemoteEntry], dict[int, torch.Tensor]]:
+        """All has come.
+
+        Returns:
+            The state of the parameters that have one, and the values, by parameter index.
+
+        Raises:
+            ValueError: a state has tensors and no entry.
+        """
+        for writer in self._writers.values():
+            writer.flush()
+        for kind, by_index in self._tensors.items():
+            for index, tensor in by_index.items() if kind != PARAMETER else ():
+                if index not in self._entries:
+                    raise ValueError(f"{kind} of parameter {index}, which has no entry")
+                self._entries[index].tensors[kind] = tensor
+        return self._entries, self._tensors.get(PARAMETER, {})
+
+
+@contextmanager
+def refusing_what_does_not_fit(connection: Connection) -> Iterator[None]:
+    """Raises `ProtocolError` where a part of a `ReadState` answer does not fit what is known of the job."""
+    try:
+        yield
+    except ValueError as error:
+        raise ProtocolError(f"the server at {connection.address} sent state that does not fit: {error}") from error
+
+
 def read_state(
     connection: Connection,
     job: str,
@@ -89,33 +156,16 @@ def read_state(
     Raises:
         OptimdError: the server cannot be read.
     """
-    entries: dict[int, RemoteEntry] = {}
-    tensors: dict[str, dict[int, torch.Tensor]] = {kind: {} for kind in kinds}
-    if into is not None:
-        tensors[PARAMETER] = into
-    writers = {kind: FlatWriter(tensors[kind], layout.parameters) for kind in kinds}
+    receiver = StateReceiver(layout, kinds, into=into)
     request = reading_pb2.ReadStateRequest(job=job, parameters=indices, tensors=[encode_kind(kind) for kind in kinds])
     for message, frame in connection.read_state(request):
         if message.WhichOneof("message") == "state_dict":
-            for entry in message.state_dict.state:
-                entries[entry.parameter] = RemoteEntry(entry.step, {})
+            receiver.take_entries(message.state_dict)
             continue
-        try:
-            kind, bucket = decode_kind(message.bucket.kind), layout.bucket(message.bucket.bucket_id)
-            present = unpack_present(message.bucket.present, len(bucket.slices))
-            for piece, here in zip(bucket.slices, present, strict=True):
-                if here and piece.parameter not in tensors[kind]:
-                    tensors[kind][piece.parameter] = _empty(layout.parameters[piece.parameter], kind)
-            writers[kind].write(kind, bucket, present, frame.payload)
-        except (KeyError, ValueError) as error:
-            raise ProtocolError(f"the server at {connection.address} sent state that does not fit: {error}") from error
-    for writer in writers.values():
-        writer.flush()
-    values = tensors.pop(PARAMETER, {})
-    for kind, by_index in tensors.items():
-        for index, tensor in by_index.items():
-            entries[index].tensors[kind] = tensor
-    return entries, values
+        with refusing_what_does_not_fit(connection):
+            receiver.take_bucket(message.bucket, frame.payload)
+    with refusing_what_does_not_fit(connection):
+        return receiver.finish()
 
 
 def _empty(parameter: Parameter, kind: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from optimd.cli.app import app  # noqa: PLC0415  # only `optimd[server]` has what it needs
     except ModuleNotFoundError as error:
-        if error.name in {"typer", "rich", "structlog"}:
+        if error.name in {"rich", "safetensors", "structlog", "typer"}:
             sys.exit(f"optimd: the command line needs {error.name}: pip install 'optimd[server]'")
         raise
     app()

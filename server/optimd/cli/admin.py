@@ -8,14 +8,17 @@ from contextlib import contextmanager
 import grpc
 
 from optimd.cli.errors import CommandError
-from optimd.v1 import admin_pb2
+from optimd.v1 import admin_pb2, reading_pb2
 from optimd.v1.admin_service_pb2_grpc import AdminServiceStub
+from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
+from optimd.wire.reasons import ERROR_TRAILER
 
 _TIMEOUT_S = 10.0
+_SNAPSHOT_TIMEOUT_S = 3600.0
 
 
 class Admin:
-    """A server's admin service. Every call ends within ten seconds.
+    """What a server does for its operator. Every call ends within ten seconds, but for `snapshot`.
 
     Args:
         address: "host:port" or "unix:///path".
@@ -32,7 +35,8 @@ class Admin:
         """
         jobs: list[admin_pb2.JobSummary] = []
         token = ""
-        with self._stub() as stub:
+        with self._channel() as channel:
+            stub = AdminServiceStub(channel)
             while True:
                 page = stub.ListJobs(admin_pb2.ListJobsRequest(page_token=token), timeout=_TIMEOUT_S)
                 jobs += page.jobs
@@ -46,8 +50,8 @@ class Admin:
         Raises:
             CommandError: there is none of that name, or the server does not answer.
         """
-        with self._stub() as stub:
-            return stub.GetJob(admin_pb2.GetJobRequest(job=name), timeout=_TIMEOUT_S)
+        with self._channel() as channel:
+            return AdminServiceStub(channel).GetJob(admin_pb2.GetJobRequest(job=name), timeout=_TIMEOUT_S)
 
     def delete(self, name: str, *, force: bool) -> None:
         """Drops a job.
@@ -55,22 +59,47 @@ class Admin:
         Raises:
             CommandError: there is none of that name, it is in use, or the server does not answer.
         """
-        with self._stub() as stub:
-            stub.DeleteJob(admin_pb2.DeleteJobRequest(job=name, force=force), timeout=_TIMEOUT_S)
+        with self._channel() as channel:
+            request = admin_pb2.DeleteJobRequest(job=name, force=force)
+            AdminServiceStub(channel).DeleteJob(request, timeout=_TIMEOUT_S)
+
+    def snapshot(self, name: str) -> reading_pb2.SnapshotResponse:
+        """Has a job written to the server's data dir, and waits until it is there, up to an hour.
+
+        Raises:
+            CommandError: there is none of that name, the server keeps none of its jobs or is an older one, the disk
+                does not take it, or the server does not answer.
+        """
+        # Whether it answers at all is known in ten seconds; a snapshot takes as long as it takes.
+        self.job(name)
+        with self._channel() as channel:
+            request = reading_pb2.SnapshotRequest(job=name)
+            try:
+                return OptimizerServiceStub(channel).Snapshot(request, timeout=_SNAPSHOT_TIMEOUT_S)
+            except grpc.RpcError as error:
+                if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise CommandError(
+                        f"no snapshot of job {name} was complete in {_SNAPSHOT_TIMEOUT_S:g} s; it may still come"
+                    ) from error
+                raise
 
     @contextmanager
-    def _stub(self) -> Iterator[AdminServiceStub]:
+    def _channel(self) -> Iterator[grpc.Channel]:
         with grpc.insecure_channel(self._address) as channel:
             try:
-                yield AdminServiceStub(channel)
+                yield channel
             except grpc.RpcError as error:
-                unreachable = isinstance(error, grpc.Call) and error.code() in (
-                    grpc.StatusCode.UNAVAILABLE,
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                )
-                if unreachable:
-                    raise CommandError(
-                        f"no optimd server answers at {self._address}; start one with `optimd serve`, or name it "
-                        "with --server"
-                    ) from error
-                raise CommandError(error.details() if isinstance(error, grpc.Call) else str(error)) from error
+                raise CommandError(self._reason(error)) from error
+
+    def _reason(self, error: grpc.RpcError) -> str:
+        if not isinstance(error, grpc.Call):
+            return str(error)
+        # What a server of ours says has a reason beside it, whatever its status.
+        says_why = any(key == ERROR_TRAILER for key, _ in error.trailing_metadata() or ())
+        if not says_why and error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return (
+                f"no optimd server answers at {self._address}; start one with `optimd serve`, or name it with --server"
+            )
+        if not says_why and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return f"the server at {self._address} is an older one, and does not do that"
+        return error.details() or str(error)

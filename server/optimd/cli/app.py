@@ -15,6 +15,8 @@ import typer
 from optimd.cli import jobs
 from optimd.cli.demo import demo
 from optimd.cli.errors import CommandError
+from optimd.cli.exporting import export_job
+from optimd.cli.importing import import_job
 from optimd.cli.serve import serve
 from optimd.client import OptimdError
 from optimd.server import ConfigurationError
@@ -52,9 +54,12 @@ def show_version() -> None:
 
 app.command()(_in_one_sentence(serve))
 app.command()(_in_one_sentence(demo))
+app.command(name="export")(_in_one_sentence(export_job))
+app.command(name="import")(_in_one_sentence(import_job))
 
-_jobs = typer.Typer(help="Look at a server's jobs and drop them.", no_args_is_help=True)
+_jobs = typer.Typer(help="Look at a server's jobs, have them written to disk, and drop them.", no_args_is_help=True)
 _jobs.command(name="list")(_in_one_sentence(jobs.list_jobs))
 _jobs.command(name="show")(_in_one_sentence(jobs.show_job))
+_jobs.command(name="snapshot")(_in_one_sentence(jobs.snapshot_job))
 _jobs.command(name="delete")(_in_one_sentence(jobs.delete_job))
 app.add_typer(_jobs, name="jobs")

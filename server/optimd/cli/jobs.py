@@ -69,6 +69,16 @@ def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = F
     console.print(table if answer.workers else "no worker is in it")
 
 
+def snapshot_job(job: _Job, server: _Server = DEFAULT_ADDRESS) -> None:
+    """Have a server write a snapshot of a job to its data dir now. Training goes on meanwhile.
+
+    It is there when this ends, and a server that is started again with that data dir goes on from it. For a file of
+    your own, which torch reads, use `optimd export`.
+    """
+    snapshot = Admin(server).snapshot(job)
+    typer.echo(f"job {job} at step {snapshot.step} is in {snapshot.path}: {megabytes(snapshot.nbytes)}")
+
+
 def delete_job(
     job: _Job,
     server: _Server = DEFAULT_ADDRESS,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from optimd.server.company import JobPhase
 from optimd.server.errors import JobMismatchError, LoadNeedsForceError, OutOfOrderError
 from optimd.server.member import Member
 from optimd.server.parts import JobParts
 from optimd.server.store import StagedState, Store
+from optimd.wire.buffers import BufferValues
 from optimd.wire.layout import Bucket, Parameter
 
 
@@ -21,6 +22,14 @@ class AdoptedGroups:
     groups: list[dict[str, Any]]
     sizes: list[int]
     parameters: list[Parameter]
+
+
+class LoadedState(NamedTuple):
+    """A state_dict that a worker has brought, and that is not in force yet."""
+
+    staged: StagedState
+    groups: list[dict[str, Any]]
+    digest: bytes
 
 
 class Bringing:
@@ -42,6 +51,7 @@ class Bringing:
         self._aggregator = parts.aggregator
         self._readers = parts.readers
         self._journal = parts.journal
+        self._buffers = parts.buffers
         self._check_room = parts.check_room
         self._on_replaced = on_replaced
 
@@ -131,13 +141,23 @@ class Bringing:
             self._check_room(sum(parameter.nbytes for parameter in parameters), "the new parameters")
             return self._content.replace(groups, sizes, parameters, carried)
 
-    def grown(self, member: Member) -> None:
+    def grown(self, member: Member, state: LoadedState | None = None, buffers: BufferValues | None = None) -> None:
         """The values that a worker brought are in place. Waits for readers.
 
+        A job's creator may have brought more than values: all of it is there at once, or the job is not.
+
+        Args:
+            member: The worker.
+            state: What the job begins with, if not without a state.
+            buffers: Likewise; attached to, and complete.
+
         Raises:
+            UpdateRefusedError: options of `state` need the step to be made in the worker, and there may be several.
             OutOfOrderError: the worker's line is down, and what it brought was taken back.
             JobDeletedError: the job went away.
         """
+        if state is not None:
+            self._content.check_place_of_steps(state.groups)
         with self._changed:
             self._readers.wait()
             self._company.check_alive(member)
@@ -152,6 +172,11 @@ class Bringing:
                     other.held.forget()
             if self._company.phase is JobPhase.CREATING:
                 self._company.phase = JobPhase.READY
+            # The lock is held on: nobody comes in, reads or goes away before this is there too.
+            if state is not None:
+                self.finish_load(member, state.staged, state.groups, digest=state.digest)
+            if buffers is not None:
+                self._buffers.hold(member, buffers)
             self._changed.notify_all()
 
     def give_up(self, member: Member) -> None:
@@ -202,13 +227,20 @@ class Bringing:
                 parameters=[parameter for _, parameter in self._content.parameters_of(first, count)],
             )
 
-    def reserve(self, member: Member, nbytes: int) -> None:
+    def reserve(self, member: Member, nbytes: int, *, is_first: bool = False) -> None:
         """A worker is about to bring values or state of so many bytes, which count until its exchange is over.
+
+        Args:
+            member: The worker.
+            nbytes: How many.
+            is_first: Whether it is the state of a job that has none yet, and for which room is set aside as it is.
 
         Raises:
             LimitExceededError: the job would take too much.
         """
         with self._changed:
+            if is_first:
+                nbytes = max(0, nbytes - self._content.full_state_bytes)
             self._check_room(nbytes, "what the worker brings")
             member.reserved_bytes += nbytes
 

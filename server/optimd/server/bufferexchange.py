@@ -48,6 +48,26 @@ def attach_buffers(incoming: Incoming, job: Job, member: Member, *, max_bytes: i
     yield encode(training_pb2.TrainResponse(buffers_held=training_pb2.BuffersHeld()))
 
 
+def receive_first_buffers(incoming: Incoming, job: Job, member: Member, *, max_bytes: int) -> BufferValues:
+    """Receives what the creator of a job attaches while it creates it: pages and chunks in one go, without an answer.
+
+    Args:
+        incoming: The worker's stream, behind its `AttachBuffers`.
+        job: Its job, which has no buffers yet.
+        member: The worker.
+        max_bytes: The most that the job may take in all.
+
+    Returns:
+        The values. The job has them once they are held (`JobBuffers.hold`).
+
+    Raises:
+        RequestError: as of `attach_buffers`.
+    """
+    buffers = _read_pages(incoming, max_bytes=max_bytes - job.full_bytes)
+    job.buffers.attach(member, buffers, bytes_left=lambda: max_bytes - job.full_bytes)
+    return _receive(incoming, buffers, job.settings.bucket_bytes)
+
+
 def push_buffers(incoming: Incoming, job: Job, member: Member) -> Iterator[bytes]:
     """Serves a `PushBuffers`. Until all has come, the values from before are held.
 

@@ -96,9 +96,10 @@ class JobBuffers:
         """What they take, the copy that is received while the one before it is held included."""
         return self._bringing_bytes + (2 * self._values.nbytes if self._values is not None else 0)
 
-    def values_locked(self) -> BufferValues | None:
-        """The values, which are never written to; None where no worker has attached any."""
-        return self._values
+    def values(self) -> BufferValues | None:
+        """The values, for reading alone; None where no worker has attached any."""
+        with self._changed:
+            return self._values
 
     def restore(self, values: BufferValues) -> None:
         """Holds values again that were held before a restart. Nobody uses the job yet."""
@@ -114,8 +115,8 @@ class JobBuffers:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The values by name, on the CPU, row-major; empty where no worker has attached any. Not to be written to."""
-        with self._changed:
-            return dict(self._values.tensors) if self._values is not None else {}
+        values = self.values()
+        return dict(values.tensors) if values is not None else {}
 
     def attach(
         self, member: Member, buffers: Sequence[Buffer], *, bytes_left: Callable[[], int]

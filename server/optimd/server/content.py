@@ -330,12 +330,21 @@ class JobContent:
         """What values and state take once every parameter has had an update, with what keeps account of them."""
         return self.bytes_with(self.groups)
 
+    @property
+    def full_state_bytes(self) -> int:
+        """What the state alone takes once every parameter has had an update."""
+        return self._state_bytes_with(self.groups)
+
     def bytes_with(self, groups: Sequence[dict[str, Any]]) -> int:
         """As `full_bytes`, with these options of the groups."""
-        total, first = PARAMETER_OVERHEAD_BYTES * len(self.store.parameters), 0
+        overhead = PARAMETER_OVERHEAD_BYTES * len(self.store.parameters)
+        return overhead + self.store.value_bytes + self._state_bytes_with(groups)
+
+    def _state_bytes_with(self, groups: Sequence[dict[str, Any]]) -> int:
+        total, first = 0, 0
         for options, size in zip(groups, self.sizes, strict=True):
             nbytes = sum(parameter.nbytes for parameter in self.store.parameters[first : first + size])
-            total += nbytes * (1 + len(update.state_names(options)))
+            total += nbytes * len(update.state_names(options))
             first += size
         return total
 

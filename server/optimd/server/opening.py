@@ -234,6 +234,18 @@ def encode_aggregation(settings: JobSettings) -> job_pb2.Aggregation:
     )
 
 
+def encode_apply(settings: JobSettings) -> job_pb2.ApplyMode:
+    """When a job applies pushes, as the schema has it."""
+    return job_pb2.APPLY_MODE_STREAMING if settings.apply == "streaming" else job_pb2.APPLY_MODE_ATOMIC
+
+
+def encode_nonfinite(settings: JobSettings) -> job_pb2.NonFinite:
+    """What a job does about gradients that are not finite, as the schema has it."""
+    if settings.nonfinite == "allow":
+        return job_pb2.NON_FINITE_ALLOW
+    return job_pb2.NON_FINITE_SKIP if settings.nonfinite == "skip" else job_pb2.NON_FINITE_ERROR
+
+
 def _check_times(kind: str, message: job_pb2.SyncAggregation | job_pb2.AsyncAggregation) -> None:
     for name in ("timeout_s", "join_timeout_s"):
         if not 0 < getattr(message, name) <= threading.TIMEOUT_MAX:

@@ -14,7 +14,7 @@ import torch
 from optimd.server import update
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
 from optimd.server.job import Job
-from optimd.server.opening import encode_aggregation
+from optimd.server.opening import encode_aggregation, encode_apply
 from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
@@ -244,7 +244,7 @@ class AdminService(AdminServiceServicer):
         return admin_pb2.GetJobResponse(
             summary=_summary(job),
             aggregation=encode_aggregation(settings),
-            apply=job_pb2.APPLY_MODE_STREAMING if settings.apply == "streaming" else job_pb2.APPLY_MODE_ATOMIC,
+            apply=encode_apply(settings),
             bucket_bytes=settings.bucket_bytes,
             bucket_count=len(job.store.buckets),
             workers=[

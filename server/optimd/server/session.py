@@ -10,8 +10,8 @@ from typing import Any
 from optimd.server import update
 from optimd.server.aggregation import Worker
 from optimd.server.answers import DECLINED, decode_options, refusal, values
-from optimd.server.bringing import AdoptedGroups
-from optimd.server.bufferexchange import attach_buffers, push_buffers
+from optimd.server.bringing import AdoptedGroups, LoadedState
+from optimd.server.bufferexchange import attach_buffers, push_buffers, receive_first_buffers
 from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError, RequestError
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
@@ -24,7 +24,8 @@ from optimd.server.registry import JobRegistry
 from optimd.server.staging import read_entries, receive_staged, staged_bytes
 from optimd.server.store import StagedState, Store
 from optimd.v1 import job_pb2, tensor_pb2, training_pb2
-from optimd.wire.codec import encode
+from optimd.wire.buffers import BufferValues
+from optimd.wire.codec import Frame, encode
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, encode_bucket, encode_parameter
 from optimd.wire.paging import paginate
@@ -269,8 +270,9 @@ class TrainSession:
             table = tensor_pb2.BucketTablePage(buckets=page, last=last)
             yield encode(training_pb2.TrainResponse(bucket_table=table))
         if creates:
-            self._receive_values(store or job.store, buckets)
-            job.bringing.grown(member)
+            begins = ("load_state", "attach_buffers") if joins else ()
+            state, attached = self._receive_values(job, member, store or job.store, buckets, besides=begins)
+            job.bringing.grown(member, state, attached)
             yield from self._ready(job, member, step=job.step, brought=buckets, tells=tells)
             return
         adopted = job.bringing.adopt(member, first_group, group_count, keeps=tells)
@@ -315,17 +317,36 @@ class TrainSession:
         if receipt is not None:
             yield encode(training_pb2.TrainResponse(receipt=encode_receipt(receipt)))
 
-    def _receive_values(self, store: Store, buckets: Sequence[Bucket]) -> None:
+    def _receive_values(
+        self, job: Job, member: Member, store: Store, buckets: Sequence[Bucket], *, besides: Sequence[str]
+    ) -> tuple[LoadedState | None, BufferValues | None]:
+        """The values of new buckets and, ahead of the last of them, what a job may begin with besides.
+
+        Args:
+            job: The job.
+            member: The worker.
+            store: Where the values go.
+            buckets: The new buckets.
+            besides: What announces the rest, by kind of message: each may come once.
+
+        Returns:
+            A state_dict and buffers, where they have come.
+        """
         awaited = {bucket.bucket_id for bucket in buckets}
+        possible = ["bucket", *besides]
+        state, attached = None, None
         while awaited:
-            _, message, frame = self._incoming.expect("bucket")
-            kind, bucket, present, payload = read_bucket(message.bucket, frame, store.buckets)
-            if kind != PARAMETER or not all(present) or bucket.bucket_id not in awaited:
-                raise InvalidFieldError(
-                    "TensorBucket", f"{kind} of bucket {bucket.bucket_id} came where the values of new buckets were due"
-                )
-            awaited.discard(bucket.bucket_id)
-            store.write_values(bucket, payload)
+            kind, message, frame = self._incoming.expect(*possible)
+            if kind == "bucket":
+                _write_values(message.bucket, frame, store, awaited)
+                continue
+            possible.remove(kind)
+            if kind == "load_state":
+                groups, staged = self._receive_state(job, member, is_first=True)
+                state = LoadedState(staged, groups, message.load_state.digest)
+            else:
+                attached = receive_first_buffers(self._incoming, job, member, max_bytes=self._registry.max_job_bytes)
+        return state, attached
 
     # --- buffers
 
@@ -356,7 +377,9 @@ class TrainSession:
         job.journal.await_durable()
         yield encode(training_pb2.TrainResponse(state_loaded=training_pb2.StateLoaded(load_count=load_count)))
 
-    def _receive_state(self, job: Job, member: Member) -> tuple[list[dict[str, Any]], StagedState]:
+    def _receive_state(
+        self, job: Job, member: Member, *, is_first: bool = False
+    ) -> tuple[list[dict[str, Any]], StagedState]:
         groups: list[dict[str, Any]] = []
         entries: list[tuple[int, float, list[str]]] = []
         seen: set[int] = set()
@@ -370,7 +393,7 @@ class TrainSession:
                 "StateDictPage.param_groups", f"there are {len(groups)}, the job has {len(job.groups)}"
             )
         try:
-            job.bringing.reserve(member, staged_bytes(job.store, entries))
+            job.bringing.reserve(member, staged_bytes(job.store, entries), is_first=is_first)
         except LimitExceededError:
             self._incoming.skip_to("load_state_end", "bucket")
             raise
@@ -382,6 +405,17 @@ class TrainSession:
                 "LoadStateEnd.bucket_count", f"{message.load_state_end.bucket_count}, but {received} have come"
             )
         return groups, staged
+
+
+def _write_values(header: tensor_pb2.TensorBucket, frame: Frame, store: Store, awaited: set[int]) -> None:
+    """Puts a received bucket in place, one of those that are `awaited`."""
+    kind, bucket, present, payload = read_bucket(header, frame, store.buckets)
+    if kind != PARAMETER or not all(present) or bucket.bucket_id not in awaited:
+        raise InvalidFieldError(
+            "TensorBucket", f"{kind} of bucket {bucket.bucket_id} came where the values of new buckets were due"
+        )
+    awaited.discard(bucket.bucket_id)
+    store.write_values(bucket, payload)
 
 
 def _declined(job: Job, member: Member, pages: Iterator[job_pb2.LayoutPage], error: RequestError) -> bytes:

@@ -139,7 +139,7 @@ class SnapshotTaker:
             buckets, parameters = list(store.buckets), list(store.parameters)
             begun = [round_.position for round_ in journal.rounds.values()]
             replay_from = journal.position if alone else min(begun, default=journal.position)
-            buffers = parts.buffers.values_locked()
+            buffers = parts.buffers.values()
             kinds = _kinds(parts.content)
 
         def check() -> None:
@@ -172,7 +172,7 @@ class SnapshotTaker:
                 check()
                 if not alone and not _splits_freely(parts.content):
                     raise _ChangedMeanwhileError
-                latest = parts.buffers.values_locked()
+                latest = parts.buffers.values()
                 if (latest is None) != (buffers is None) or not set(_kinds(parts.content)) <= set(kinds):
                     raise _ChangedMeanwhileError
                 manifest = describe_locked(parts, kinds)
