@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from optimd.cli.app import app
 from optimd.client import Adam, Async, JobMismatchError, ProxyOptions, Sync
 from optimd.server import Server
-from tests.support import assert_alike, assert_equal_states, eventually, in_threads, server_process
+from tests.support import assert_alike, assert_equal_states, eventually, in_threads, running_server, server_process
 
 OPTIMD = Path(sys.executable).parent / "optimd"
 FORMS = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -596,3 +597,26 @@ def test_a_terminal_shows_the_progress_and_a_pipe_the_result_alone(server: Serve
     assert "reading runs[/3]" in shown
     assert "4.0/4.0 kB" in shown
     assert "writing out.pt" in shown
+
+
+def test_an_imported_job_outlives_its_server(tmp_path: Path) -> None:
+    """Values, state and buffers, where it is kept on disk: its journal alone has all of it."""
+    with running_server() as source:
+        net, optimizer = train(source, "kept")
+        state = optimizer.state_dict()["state"]
+        optimizer.close()
+        done("export", "kept", str(tmp_path / "kept.pt"), "--server", source.address)
+    with running_server(data_dir=str(tmp_path / "data")) as target:
+        done("import", str(tmp_path / "kept.pt"), "--server", target.address)
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    with running_server(data_dir=str(tmp_path / "copy")) as server:
+        done("export", "kept", str(tmp_path / "again.pt"), "--server", server.address)
+    first, again = (torch.load(tmp_path / name, weights_only=True) for name in ("kept.pt", "again.pt"))
+    assert again["parameters"].keys() == first["parameters"].keys()
+    for part in ("parameters", "buffers"):
+        for name, tensor in first[part].items():
+            assert torch.equal(again[part][name], tensor), name
+    for index, entry in state.items():
+        for key, tensor in entry.items():
+            assert torch.equal(again["optimizer"]["state"][index][key], tensor), (index, key)
+    assert buffers_of(net).keys() == again["buffers"].keys()
