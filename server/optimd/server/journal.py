@@ -292,7 +292,7 @@ class JobJournal:
             bucket: The bucket.
             present: For each of its slices whether there is a gradient.
             contributors: Whose gradients are in it.
-            gradient: Gives the gradient of the present slices, flat. Not kept, and not written to.
+            gradient: Gives the gradient of the present slices, flat, on the CPU. Not kept, and not written to.
             grad_scale: What it was multiplied by, where it still is.
             reduced: Whether it is in the dtype that the server keeps, rather than in the one that travels.
 
@@ -309,7 +309,7 @@ class JobJournal:
                 grad_scale=grad_scale,
                 in_server_dtype=reduced,
             )
-            self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient().cpu())])
+            self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient())])
             self.rounds[round_number].applied.append(applied)
         return position
 

@@ -23,6 +23,7 @@ from optimd.server.member import Member, disagree, speaker
 from optimd.server.pushed import PushedContent
 from optimd.server.sight import Changes
 from optimd.server.store import Store
+from optimd.server.transfers import Transfers
 from optimd.wire.layout import Bucket
 
 _log = logging.getLogger(__name__)
@@ -138,6 +139,9 @@ class Stepper:
         self._separate: dict[int, SeparateGradients] = {}
         # Complete buckets whose kernel needs whole parameters: applied with the step's last push.
         self._deferred: set[int] = set()
+        self._transfers = Transfers(store.device)
+        # Of buckets that are about to be applied: their gradients on the host, once they are there.
+        self._copies: dict[int, Callable[[], torch.Tensor]] = {}
 
     def restore(self, round_: Round, deferred: Mapping[int, tuple[Sequence[bool], torch.Tensor]]) -> None:
         """Goes on in a streamed round that has been applied in part.
@@ -189,10 +193,12 @@ class Stepper:
                 # Nothing to add up: the update reads the gradient where it was received.
                 lengths = [piece.length for piece, here in zip(bucket.slices, present, strict=True) if here]
                 round_ = self._settle((worker,))
+                # It is on its way to the device while it is written down.
+                there = self._transfers.to_device(payload)
                 round_.applying = self._journal.bucket_applied(
                     round_.number, bucket, present, (worker,), lambda: payload, grad_scale=grad_scale
                 )
-                self._apply(round_, bucket, present, torch.split(payload, lengths), grad_scale=grad_scale)
+                self._apply(round_, bucket, present, torch.split(there, lengths), grad_scale=grad_scale)
                 return
             if grad_scale is not None:
                 payload = _unscaled(payload, grad_scale)
@@ -220,9 +226,11 @@ class Stepper:
             for decision in decisions:
                 if isinstance(decision, Discard):
                     self._discard(decision.worker, decision.buckets)
-            for decision in self._examined(round_, decisions):
+            examined = self._examined(round_, decisions)
+            for position, decision in enumerate(examined):
                 match decision:
                     case ApplyBucket(bucket_id=bucket_id, contributors=contributors):
+                        self._begin_copy(examined[position : position + 2])
                         self._apply_accumulated(self._store.buckets[bucket_id], contributors)
                     case Commit():
                         self._commit(round_, decision)
@@ -296,7 +304,12 @@ class Stepper:
         accumulator = self._accumulator(bucket)
         round_ = self._settle(contributors)
         round_.applying = self._journal.bucket_applied(
-            round_.number, bucket, accumulator.present, contributors, accumulator.packed, reduced=True
+            round_.number,
+            bucket,
+            accumulator.present,
+            contributors,
+            self._copies.pop(bucket.bucket_id, accumulator.packed),
+            reduced=True,
         )
         if self._splits_freely(bucket, contributors):
             self._apply(round_, bucket, accumulator.present, grads)
@@ -304,6 +317,19 @@ class Stepper:
         else:
             round_.applying = None
             self._deferred.add(bucket.bucket_id)
+
+    def _begin_copy(self, decisions: Sequence[Decision]) -> None:
+        """Has the gradients of buckets that are about to be applied copied to the host, to be written down there.
+
+        The next one's too: it is copied while this one is written.
+        """
+        if not self._journal.is_kept:
+            return
+        for decision in decisions:
+            if isinstance(decision, ApplyBucket) and decision.bucket_id not in self._copies:
+                bucket = self._store.buckets[decision.bucket_id]
+                self._reduced(bucket, decision.contributors)
+                self._copies[bucket.bucket_id] = self._transfers.to_host(self._accumulator(bucket).packed())
 
     def _apply(
         self,
@@ -459,6 +485,7 @@ class Stepper:
             accumulator.clear()
         self._clear_separate()
         self._deferred.clear()
+        self._copies.clear()
         self._round = None
 
     def _clear_separate(self) -> None:
