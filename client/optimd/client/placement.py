@@ -150,6 +150,7 @@ def place(
             bucket_bytes=options.bucket_bytes or 0,
             max_grad_norm=options.max_grad_norm,
             nonfinite=_NONFINITE[options.nonfinite],
+            follows_rewind=options.on_rewind == "follow",
         ),
     )
 
