@@ -14,7 +14,7 @@ from tests.immortality import MODES, train_through_all_deaths, train_through_dea
 pytestmark = pytest.mark.timeout(150)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "two-deterministic"])
+@pytest.mark.parametrize("mode", MODES)
 def test_weights_and_state_are_those_of_an_undisturbed_run_whenever_the_server_is_killed(
     mode: str, tmp_path: Path
 ) -> None:

@@ -184,13 +184,13 @@ def test_a_creator_killed_while_it_uploads_leaves_nothing_and_the_next_one_creat
         f"""
         import torch
         from optimd.client import Adam, ProxyOptions
-        from optimd.client import jobline
+        from optimd.client import valuetransfer
 
         def stalling(*_):
             print("uploading", flush=True)
             input()
 
-        jobline.bucket_message = stalling
+        valuetransfer.bucket_message = stalling
         p = torch.nn.Parameter(torch.zeros(512))
         Adam([p], server="{server.address}", job="unborn", options=ProxyOptions(rank=1, world_size=2))
         """,

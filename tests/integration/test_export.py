@@ -559,7 +559,7 @@ def test_an_import_that_is_killed_leaves_no_job(server: Server, tmp_path: Path) 
     done("export", "j", str(path), "--server", server.address)
     code = (
         "import os, optimd.client.jobline as line, optimd.cli\n"
-        "line._values = lambda *_: os.kill(os.getpid(), 9)\n"
+        "line.value_messages = lambda *_: os.kill(os.getpid(), 9)\n"
         "optimd.cli.main()\n"
     )
     arguments = ("import", str(path), "--job", "half", "--server", server.address)

@@ -86,8 +86,8 @@ def test_a_job_that_is_brought_back_has_the_bits_of_an_undisturbed_run(
             param.grad = total / workers if workers > 1 else total
         local.step()
     for rank in range(workers):
-        for mine, other in zip(trained[rank], local_params, strict=True):
-            assert torch.equal(mine, other.cpu())
+        for mine, expected in zip(trained[rank], local_params, strict=True):
+            assert torch.equal(mine, expected.cpu())
     for index, entry in local.state_dict()["state"].items():
         for key, value in entry.items():
             assert torch.equal(state["state"][index][key].cpu(), value.cpu()), (index, key)

@@ -40,6 +40,7 @@ def hook(given: Adam, receipt: StepReceipt) -> None:
 
 assert_type(optimizer.register_server_step_hook(hook), torch.utils.hooks.RemovableHandle)
 assert_type(optimizer.attach_buffers(model), None)
+assert_type(optimizer.snapshot(), int)
 assert_type(optimizer.state_dict(), dict[str, Any])
 optimizer.load_state_dict(optimizer.state_dict(), force=True)
 
@@ -51,5 +52,6 @@ optimizer.register_server_step_hook(lambda: None)  # type: ignore[arg-type, misc
 Adam(model.parameters(), server=50551)  # type: ignore[arg-type]
 ProxyOptions("resume")  # type: ignore[call-arg, arg-type]
 ProxyOptions(on_existing="maybe")  # type: ignore[arg-type]
+ProxyOptions(on_rewind="maybe")  # type: ignore[arg-type]
 Sync(reduction="median")  # type: ignore[arg-type]
 StepReceipt(step=1)  # type: ignore[call-arg]

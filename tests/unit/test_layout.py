@@ -25,7 +25,9 @@ from optimd.wire.layout import (
     encode_parameter,
     first_difference,
     is_master_of,
+    pack_bucket_ids,
     pack_present,
+    unpack_bucket_ids,
     unpack_present,
 )
 from optimd.wire.limits import (
@@ -453,3 +455,27 @@ JOB: Final = [(5, parameter(2, 3, name="w")), (6, parameter(3, name="b")), (7, p
 def test_the_first_parameter_that_differs_is_named(worker: list[tuple[int, Parameter]], message: str) -> None:
     """A worker that does not match is told where and how."""
     assert first_difference(JOB, worker) == message
+
+
+@several
+@given(bucket_ids=st.frozensets(st.integers(0, 90)))
+def test_bitmaps_of_buckets_come_back(bucket_ids: frozenset[int]) -> None:
+    """As short as they can be, and empty where there are none."""
+    bitmap = pack_bucket_ids(bucket_ids)
+    assert unpack_bucket_ids(bitmap, 91) == bucket_ids
+    assert not bitmap.endswith(b"\x00")
+
+
+@pytest.mark.parametrize(
+    ("bucket_ids", "bitmap"), [(set(), b""), ({0}, b"\x01"), ({1, 8}, b"\x02\x01"), ({7, 15}, b"\x80\x80")]
+)
+def test_bitmaps_of_buckets_are_least_significant_bit_first(bucket_ids: set[int], bitmap: bytes) -> None:
+    """Bit i % 8 of byte i / 8 stands for bucket i. Bytes of zeros behind them say nothing."""
+    assert pack_bucket_ids(bucket_ids) == bitmap
+    assert unpack_bucket_ids(bitmap + bytes(3), 16) == bucket_ids
+
+
+def test_a_bitmap_that_marks_a_bucket_that_there_is_not_is_refused() -> None:
+    """By its number."""
+    with pytest.raises(ValueError, match="bucket 9 is marked, and there are 9"):
+        unpack_bucket_ids(b"\x01\x02", 9)

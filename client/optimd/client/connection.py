@@ -51,7 +51,7 @@ class TrainStream:
     """
 
     def __init__(self, channel: grpc.Channel, address: str) -> None:
-        self._address = address
+        self.address = address
         # Bounded by its use: one iterator is sent at a time, and the next only when it is answered.
         self._outbox: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
         self._counter = _Counter()
@@ -82,16 +82,16 @@ class TrainStream:
         try:
             data = next(self._call)
         except StopIteration:
-            raise ConnectionLostError(f"the server at {self._address} ended the stream") from None
+            raise ConnectionLostError(f"the server at {self.address} ended the stream") from None
         except grpc.RpcError as error:
             if self._counter.failure is not None:
                 raise self._counter.failure from None
-            raise translate(error, self._address) from error
+            raise translate(error, self.address) from error
         self.bytes_received += len(data)
         try:
             message, frame = decode(training_pb2.TrainResponse, data)
         except MalformedMessageError as error:
-            raise ProtocolError(f"the server at {self._address} sent what cannot be read: {error}") from error
+            raise ProtocolError(f"the server at {self.address} sent what cannot be read: {error}") from error
         return message.WhichOneof("message") or "", message, frame
 
     def expect(self, *kinds: str) -> tuple[str, training_pb2.TrainResponse, Frame]:
@@ -103,9 +103,7 @@ class TrainStream:
         """
         received = self.receive()
         if received[0] not in kinds:
-            raise ProtocolError(
-                f"the server at {self._address} sent {received[0]!r} where {' or '.join(kinds)} was due"
-            )
+            raise ProtocolError(f"the server at {self.address} sent {received[0]!r} where {' or '.join(kinds)} was due")
         return received
 
     def close_side(self) -> None:
@@ -135,15 +133,17 @@ class StepStream:
         self._address = address
         self._call = OptimizerServiceStub(channel).WatchSteps(request)
 
-    def await_begin(self) -> None:
-        """Waits until the server has taken the call, from when on no step is missed.
+    def await_begin(self) -> int:
+        """Waits until the server has taken the call, from when on no step is missed. Gives the job's step then.
 
         Raises:
             OptimdError: it has not; with what it said.
         """
-        if not any(key == WATCHING_HEADER for key, _ in self._call.initial_metadata() or ()):
-            self.receive()
-            raise ProtocolError(f"the server at {self._address} tells of steps without a header")
+        for key, step in self._call.initial_metadata() or ():
+            if key == WATCHING_HEADER:
+                return int(step)
+        self.receive()
+        raise ProtocolError(f"the server at {self._address} tells of steps without a header")
 
     def receive(self) -> StepReceipt:
         """The receipt of the next step. Blocks.
@@ -288,6 +288,17 @@ class Connection:
             raise ProtocolError(f"the server at {self.address} sent what cannot be read: {error}") from error
         finally:
             call.cancel()
+
+    def snapshot(self, job: str) -> reading_pb2.SnapshotResponse:
+        """Has the server write a snapshot of a job. Blocks until it is on disk.
+
+        Raises:
+            OptimdError: the call has failed; with what the server said.
+        """
+        try:
+            return OptimizerServiceStub(self.check()).Snapshot(reading_pb2.SnapshotRequest(job=job))
+        except grpc.RpcError as error:
+            raise translate(error, self.address) from error
 
     def watch_steps(self, job: str, worker_id: str, *, after_step: int) -> StepStream:
         """Opens a stream of a job's steps behind `after_step`; at most one at a time. Does not wait.

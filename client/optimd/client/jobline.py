@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -20,6 +23,7 @@ from optimd.client.connection import LEAVE_TIMEOUT_S, Connection, TrainStream
 from optimd.client.exceptions import (
     ConnectionLostError,
     JobDeletedError,
+    JobRewoundError,
     LimitExceededError,
     OptimdError,
     OptimizerClosedError,
@@ -36,37 +40,37 @@ from optimd.client.layoutexchange import (
     receive_layout,
     receive_table,
 )
-from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
-from optimd.client.statetransfer import bucket_message
+from optimd.client.retry import Retry
+from optimd.client.toldgroups import ToldGroups
 from optimd.client.translation import exception_of
-from optimd.v1 import job_pb2, param_group_pb2, reading_pb2, tensor_pb2, training_pb2
+from optimd.client.valuetransfer import LocalValues, ReturnedValues, receive_values, value_messages
+from optimd.v1 import job_pb2, param_group_pb2, reading_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import PARAMETER, encode_kind
-from optimd.wire.layout import Bucket, Parameter, unpack_present
+from optimd.wire.layout import Parameter, unpack_bucket_ids
 
 _log = logging.getLogger("optimd.client")
 
 T = TypeVar("T")
 
-_FIRST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 5.0
 _SHORTEST_OPENING_S: Final = 5.0
 _BEATS_A_LEASE: Final = 5
 _LONGEST_BEAT_S: Final = 30.0
 
+_FOR_GOOD: Final = (SupersededError, JobDeletedError, JobRewoundError)
+"""What a worker is told whatever it tries, and however often."""
 
-class LocalValues(Protocol):
-    """The parameters of this process, as far as a line has to know them when it is taken up again."""
 
-    def tensors(self) -> Sequence[torch.Tensor]:
-        """The parameters as they are now, in order."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Return:
+    """What a worker has come back to."""
 
-    def written(self) -> Collection[int]:
-        """Those, by index, that the program has written to since it was given the server's values."""
-
-    def received(self, kept: Collection[int]) -> None:
-        """They have the server's values now, but for those that were kept."""
+    receipt: training_pb2.StepReceipt | None
+    """What became of its last push, where it has made any and that is over."""
+    rewound_from: int | None
+    """The job step that it was at, if the job was set back."""
+    is_overwritten: bool
+    """Whether the job's values have replaced what the program had written."""
 
 
 class JobLine:
@@ -99,21 +103,26 @@ class JobLine:
         self._stream: TrainStream | None = None
         self._broken: BaseException | None = None
         self._is_cared_for = False
-        # Until when to try, and how long to pause: of all breaks since the server has last answered.
-        self._retry_until_s: float | None = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._is_leaving = False
+        self._retry = Retry(retry_timeout_s)
         self._lost: ConnectionLostError | None = None
         self._lease_s = _LONGEST_BEAT_S * _BEATS_A_LEASE
         self.layout = JobLayout()
-        self.groups: list[bytes] = []
-        """Of each group the options that the server knows this worker to have, serialised."""
-        self.group_sizes: list[int] = []
-        """How many parameters each of the job's groups has."""
+        self.groups = ToldGroups(request.rule)
+        """The job's groups, with the options that the server knows this worker to have."""
         self.bucket_bytes = 0
         self.load_count = 0
         self.layout_count = 0
         self.job_step = 0
         self.next_sequence = 0
+        self.held_buckets: frozenset[int] = frozenset()
+        """When the worker came back: the buckets of its open push that the server had."""
+        self.micro = 0
+        """How often gradients were accumulated, or those held discarded, since the last step."""
+        self.holds_gradients = False
+        """Whether the server holds gradients for the next step."""
+        self.rewinds = 0
+        """How often the job was set back to an earlier point, and this worker followed."""
         self.rank = request.rank or 0
         self.resumed = False
 
@@ -130,7 +139,11 @@ class JobLine:
         self._stream = self.connection.open_stream()
         messages = group_messages(self.request.rule, 0, groups)
         with self.failing_for_good():
-            self._stream.send(self._opening(messages, parameters))
+            self._stream.send(
+                itertools.chain(
+                    opening_messages(self.request, self._incarnation), layout_messages(messages, parameters)
+                )
+            )
             adopted = self._exchange_values(messages, tensors, parameters, beginnings=beginnings)
         self._is_cared_for = True
         caretaker.add(self)
@@ -138,7 +151,7 @@ class JobLine:
 
     def grow(
         self,
-        announcement: training_pb2.TrainRequest,
+        announcement: Callable[[], training_pb2.TrainRequest],
         groups: Sequence[Mapping[str, Any]],
         tensors: Sequence[torch.Tensor],
         parameters: Sequence[Parameter],
@@ -149,7 +162,7 @@ class JobLine:
         """Brings more parameters to the job, or others, or receives their values where another worker has brought them.
 
         Args:
-            announcement: What it is called.
+            announcement: Tells what it is called.
             groups: torch's param_groups.
             tensors: Their parameters, in order.
             parameters: What describes these.
@@ -164,23 +177,33 @@ class JobLine:
         """
         # Here, not where it is sent: what cannot be encoded must not cost the stream.
         described = group_messages(self.request.rule, 0 if replaces else len(self.groups), groups)
-        messages = [encode(announcement), *layout_messages(described, parameters, carried)]
+        messages = list(layout_messages(described, parameters, carried))
 
         def exchange() -> list[dict[str, Any]] | None:
-            self.stream().send(messages)
+            self.stream().send([encode(announcement()), *messages])
             return self._exchange_values(described, tensors, parameters, replaces=replaces)
 
         return self.exchanging(exchange)
 
-    def _opening(
-        self,
-        groups: Sequence[param_group_pb2.ParamGroup],
-        parameters: Sequence[Parameter],
-        *,
-        returns_at_step: int | None = None,
-    ) -> Iterator[bytes]:
-        yield from opening_messages(self.request, self._incarnation, returns_at_step=returns_at_step)
-        yield from layout_messages(groups, parameters)
+    def counting(self, count: Callable[[], int]) -> Callable[[], int]:
+        """Tells the number of the next of what is counted: the same one where the line breaks meanwhile.
+
+        What was brought by then is found to be there. It is another one where the job is set back meanwhile.
+        """
+        number, rewinds = count() + 1, self.rewinds
+
+        def current() -> int:
+            nonlocal number, rewinds
+            if self.rewinds != rewinds:
+                number, rewinds = count() + 1, self.rewinds
+            return number
+
+        return current
+
+    def forget_held(self) -> None:
+        """The server holds no gradients for the next step, and counting starts anew."""
+        self.micro = 0
+        self.holds_gradients = False
 
     def _exchange_values(
         self,
@@ -219,69 +242,41 @@ class JobLine:
         if adopted is None:
             if beginnings is not None:
                 stream.send(beginnings.messages(layout, self.bucket_bytes))
-            stream.send(_values(layout, new_buckets, at, Progress("uploading parameters", total)))
+            stream.send(value_messages(layout, new_buckets, at, Progress("uploading parameters", total)))
             _, message, _ = stream.expect("ready")
             ready = message.ready
         else:
-            ready = self._receive_values(layout, at, Progress("receiving parameters", total))
+            ready = receive_values(stream, layout, at, Progress("receiving parameters", total))
         self._take(ready)
         self.layout = layout
-        self.groups = [*(() if replaces else self.groups), *(serialised(group) for group in groups)]
-        self.group_sizes = [*(() if replaces else self.group_sizes), *(group.parameter_count for group in groups)]
+        self.groups.bring(groups, replaces=replaces)
         if accepted.resumed:
             self.resumed = True
             _log.warning("resuming %s at step %d", self.request.job, self.job_step)
         return adopted
 
-    def _receive_values(
-        self, layout: JobLayout, tensors: Mapping[int, torch.Tensor], progress: Progress
-    ) -> job_pb2.JobReady:
-        """Buckets, of which some may come again, up to JobReady."""
-        writer = FlatWriter(tensors, layout.parameters)
-        while True:
-            kind, message, frame = self.stream().expect("bucket", "ready")
-            if kind == "ready":
-                writer.flush()
-                return message.ready
-            self.write(writer, layout, message.bucket, frame.payload)
-            progress.advance(frame.payload.nbytes)
-
     def _take(self, ready: job_pb2.JobReady) -> None:
         self.job_step = ready.job_step
         self.next_sequence = ready.next_sequence
+        self.held_buckets = self._held_buckets(ready.held_buckets)
         self.load_count = ready.load_count
         self.layout_count = ready.layout_count
         self.rank = ready.rank
         self._lease_s = ready.lease_s
 
-    def write(
-        self,
-        writer: FlatWriter,
-        layout: JobLayout,
-        header: tensor_pb2.TensorBucket,
-        payload: memoryview,
-    ) -> None:
-        """Writes a received bucket of values.
-
-        Raises:
-            ProtocolError: it is none, or does not fit.
-        """
-        address = self.connection.address
-        if header.kind != encode_kind(PARAMETER):
-            raise ProtocolError(f"the server at {address} sent tensor kind {header.kind} where values were due")
+    def _held_buckets(self, bitmap: bytes) -> frozenset[int]:
         try:
-            bucket = layout.bucket(header.bucket_id)
-            writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload)
+            return unpack_bucket_ids(bitmap, len(self.layout.buckets))
         except ValueError as error:
-            raise ProtocolError(f"the server at {address} sent a bucket that does not fit: {error}") from error
+            raise ProtocolError(f"the server at {self.connection.address} holds what is not there: {error}") from error
 
     # --- using it
 
-    def usable(self, *, keeps: bool = True) -> TrainStream:
+    def usable(self, *, written: Collection[int] | None = None) -> TrainStream:
         """The stream. Takes the job up again where the line has broken since the last call; may block for that.
 
         Args:
-            keeps: As in `take_up_again`.
+            written: As in `take_up_again`.
 
         Raises:
             ForkedProcessError: this process is a child of the one that opened it.
@@ -295,14 +290,13 @@ class JobLine:
             with contextlib.suppress(ConnectionLostError), self.failing_for_good():
                 stream.expect()
         if self._lost is not None:
-            self.take_up_again(self._lost, keeps=keeps)
+            self.take_up_again(self._lost, written=written)
         return self.stream()
 
     def stream(self) -> TrainStream:
         """The stream as it is, be it up or broken. Raises as `usable` does, but for what that meets on its way back."""
         self.connection.check()
-        if isinstance(self._broken, (SupersededError, JobDeletedError)):
-            # Whatever is tried, and however often.
+        if isinstance(self._broken, _FOR_GOOD):
             raise type(self._broken)(str(self._broken)) from None
         if self._broken is not None:
             raise ConnectionLostError(
@@ -339,104 +333,135 @@ class JobLine:
 
     # --- taking it up again
 
-    def exchanging(self, exchange: Callable[[], T], *, keeps: bool = True) -> T:
+    def exchanging(self, exchange: Callable[[], T]) -> T:
         """Makes an exchange, anew on a new stream where the line breaks in the middle of it.
 
         Args:
             exchange: Sends and receives. What it has sent before is taken back by the server where the line breaks, or
                 is found to be there already.
-            keeps: As in `take_up_again`.
 
         Raises:
             OptimdError: it has failed; with what the server said.
         """
-        self.usable(keeps=keeps)
+        self.usable()
         while True:
             try:
                 with self.failing_for_good():
                     result = exchange()
             except ConnectionLostError as error:
-                self.take_up_again(error, keeps=keeps)
+                self.take_up_again(error)
             else:
                 self.answered()
                 return result
 
     def answered(self) -> None:
         """The server has answered what was asked: the next break has all of the time for retries."""
-        self._retry_until_s, self._pause_s = None, _FIRST_PAUSE_S
+        self._retry.answered()
 
-    def take_up_again(self, cause: ConnectionLostError, *, keeps: bool = True) -> training_pb2.StepReceipt | None:
+    def take_up_again(
+        self, cause: ConnectionLostError, *, written: Collection[int] | None = None
+    ) -> training_pb2.StepReceipt | None:
         """Opens the job again on a new stream, after the last one has broken. Blocks.
 
         Tries for `retry_timeout_s` since the first break that the server has not answered anything after. Values that
-        are new to this worker are received in place.
+        are new to this worker are received in place. Those that the program has written are left alone, and are still
+        to be pushed, if the job is where the worker was, or asynchronous. If it has gone on, or was set back, the job's
+        replace them.
 
         Args:
             cause: What broke it.
-            keeps: Whether values that the program has written are left alone. They are still to be pushed.
+            written: The parameters, by index, that the program has written to. None: those that `LocalValues` says; in
+                the middle of a step, those that the step brings.
 
         Returns:
             What became of the worker's last push, where it has made any and that is over.
 
         Raises:
-            ConnectionLostError: no server has answered in time.
+            ConnectionLostError: no server has answered in time, or none what was asked.
             SupersededError: another process has taken the worker's place.
             JobDeletedError: the job is gone.
+            JobRewoundError: the job was set back, and the worker is not to follow it.
             OptimdError: the job cannot be taken up again; with what the server said.
         """
         if not self.retry_timeout_s:
             self._break(cause)
             raise cause
-        is_first = self._retry_until_s is None
-        if self._retry_until_s is None:
-            self._retry_until_s = time.monotonic() + self.retry_timeout_s
-        level = logging.WARNING if is_first else logging.DEBUG
+        level = logging.DEBUG if self._retry.is_under_way else logging.WARNING
         job = self.request.job
         _log.log(level, "%s; trying for %g s to take up job %s again", cause, self.retry_timeout_s, job)
+        # Once: what a try receives before it breaks too is not the program's.
+        kept = frozenset(self._local.written() if written is None else written)
+        failure: OptimdError | None = None
         while True:
-            if not is_first:
-                time.sleep(self._pause_s * random.uniform(0.5, 1.5))  # noqa: S311  # spreads workers out, hides nothing
-                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-            is_first = False
-            left = self._retry_until_s - time.monotonic()
+            pause_s = self._retry.next_pause(time.monotonic())
+            if pause_s is None:
+                self._break(cause)
+                what = "was not answered" if failure is None else "was not to be had again"
+                raise ConnectionLostError(f"{cause}, and {what}{f': {failure}' if failure else ''}") from cause
+            # Spreads workers out.
+            time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # hides nothing
+            left = self._retry.left(time.monotonic())
             try:
                 self.connection.probe(max(0.1, left))
-                receipt = self._reopen(max(_SHORTEST_OPENING_S, left), keeps=keeps)
+                back = self._reopen(max(_SHORTEST_OPENING_S, left), kept)
             except (ServerUnavailableError, LimitExceededError) as error:
                 # A server that is full may count this worker's old stream still.
-                if time.monotonic() >= self._retry_until_s:
-                    self._break(cause)
-                    raise ConnectionLostError(f"{cause}, and was not to be had again: {error}") from cause
+                failure = error
             except BaseException as error:
                 self._break(error)
                 raise
             else:
                 self._lost = None
                 _log.log(level, "back in job %s at step %d", job, self.job_step)
-                return receipt
+                self._tell(back, in_step=written is not None)
+                return back.receipt
 
-    def _reopen(self, timeout_s: float, *, keeps: bool) -> training_pb2.StepReceipt | None:
+    def _tell(self, back: _Return, *, in_step: bool) -> None:
+        """Tells this process, and the program, of what it has not done itself."""
+        if back.rewound_from is not None:
+            self.rewinds += 1
+            self.forget_held()
+            self._local.rewound(self.job_step)
+            warnings.warn(
+                f"job {self.request.job} was set back from step {back.rewound_from} to step {self.job_step}: its "
+                "server was started again from what it had on disk. This worker follows: it has the job's parameters "
+                f"now, and goes on with push {self.next_sequence}",
+                stacklevel=2,
+            )
+        elif back.is_overwritten and not in_step:
+            warnings.warn(
+                f"job {self.request.job} had gone on to step {self.job_step} without this worker: its values have "
+                "replaced those that were written since the worker's last step",
+                stacklevel=2,
+            )
+
+    def _reopen(self, timeout_s: float, written: Collection[int]) -> _Return:
         self._stream = self.connection.open_stream()
         # A server that takes the call and then says nothing more.
         silence = threading.Timer(timeout_s, self._stream.cancel)
         silence.daemon = True
         silence.start()
         try:
-            messages = self._opening(self._known_groups(), self.layout.parameters, returns_at_step=self.job_step)
-            self._stream.send(messages)
-            return self._return(silence, keeps=keeps)
+            opening = opening_messages(
+                self.request,
+                self._incarnation,
+                returns_at_step=self.job_step,
+                returns_with_sequence=self.next_sequence,
+                follows_rewind=self._follows_rewind,
+            )
+            self._stream.send(itertools.chain(opening, layout_messages(self.groups.opening(), self.layout.parameters)))
+            return self._return(silence, written)
         finally:
             silence.cancel()
 
-    def _known_groups(self) -> list[param_group_pb2.ParamGroup]:
-        groups = [param_group_pb2.ParamGroup.FromString(group) for group in self.groups]
-        for group, size in zip(groups, self.group_sizes, strict=True):
-            group.parameter_count = size
-        return groups
+    @property
+    def _follows_rewind(self) -> bool:
+        # One that only comes back to leave has nothing to lose.
+        return self.request.follows_rewind or self._is_leaving
 
-    def _return(self, silence: threading.Timer, *, keeps: bool) -> training_pb2.StepReceipt | None:
+    def _return(self, silence: threading.Timer, written: Collection[int]) -> _Return:
         """From LayoutAccepted to JobReady, and the receipt behind it."""
-        stream = self.stream()
+        stream, values = self.stream(), None
         _, message, _ = stream.expect("layout_accepted")
         silence.cancel()
         if message.layout_accepted.current:
@@ -445,21 +470,39 @@ class JobLine:
         else:
             receive_table(stream)
             receive_layout(stream)
-            tensors, kept = self._local.tensors(), set(self._local.written() if keeps else ())
-            at = {
-                index: tensors[index]
-                if index < len(tensors) and index not in kept and _fits(tensors[index], parameter)
-                else torch.empty(parameter.shape, dtype=parameter.dtype)
-                for index, parameter in enumerate(self.layout.parameters)
-            }
+            if not self._is_leaving:
+                values = ReturnedValues(self._local, self.layout, written)
             total = sum(bucket.nbytes for bucket in self.layout.buckets)
-            ready = self._receive_values(self.layout, at, Progress("receiving parameters", total))
-            self._local.received(kept)
+            into = None if values is None else values.into
+            ready = receive_values(stream, self.layout, into, Progress("receiving parameters", total))
+        receipt = stream.expect("receipt")[1].receipt if ready.receipt_follows else None
+        step, sequence = self.job_step, self.next_sequence
+        is_rewound = ready.rewound or self._has_lost(ready)
+        if is_rewound and not self._follows_rewind:
+            # By its steps the job is as far as this worker: the server cannot tell.
+            raise JobRewoundError(
+                f"job {self.request.job} stands at step {step} without a state_dict or parameters that were brought to "
+                "it there: its server was started again from what it had on disk, and that was less. Go back to a "
+                "checkpoint of that step and start the worker again, or have it take the job as it is: "
+                'ProxyOptions(on_rewind="follow")'
+            )
         self._take(ready)
-        if not ready.receipt_follows:
-            return None
-        _, message, _ = stream.expect("receipt")
-        return message.receipt
+        is_overwritten = False
+        if values is not None:
+            # A push that is answered has brought what was written.
+            stands = self.next_sequence == sequence and (self.request.is_async or self.job_step == step)
+            if stands and not is_rewound:
+                values.keep_written()
+            else:
+                is_overwritten = values.overwrite()
+        return _Return(
+            receipt=receipt,
+            rewound_from=step if is_rewound and not self._is_leaving else None,
+            is_overwritten=is_overwritten,
+        )
+
+    def _has_lost(self, ready: job_pb2.JobReady) -> bool:
+        return ready.load_count < self.load_count or ready.layout_count < self.layout_count
 
     # --- for the caretaker
 
@@ -521,7 +564,8 @@ class JobLine:
         if failed or self.request.private or self._broken is not None or not self.retry_timeout_s:
             return
         if stream is not None and self.connection.is_own and (self._lost is not None or stream.has_ended):
-            self._retry_until_s = time.monotonic() + LEAVE_TIMEOUT_S
+            self._is_leaving = True
+            self._retry.limit(time.monotonic() + LEAVE_TIMEOUT_S)
             with contextlib.suppress(OptimdError):
                 self.take_up_again(self._lost or ConnectionLostError("the line broke"))
 
@@ -534,29 +578,7 @@ class _Refused(Exception):  # noqa: N818  # carries an error, and never leaves t
         self.reason = reason
 
 
-def serialised(group: param_group_pb2.ParamGroup) -> bytes:
-    """A group's options as bytes that are equal where they are."""
-    options = param_group_pb2.ParamGroup()
-    options.CopyFrom(group)
-    options.ClearField("parameter_count")
-    return options.SerializeToString(deterministic=True)
-
-
 def finish_on_devices(tensors: Sequence[torch.Tensor | None]) -> None:
     """Waits for tensors that are still being computed: another thread, with another current stream, reads them."""
     for device in {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-
-
-def _fits(tensor: torch.Tensor, parameter: Parameter) -> bool:
-    return tuple(tensor.shape) == parameter.shape and tensor.dtype == parameter.dtype and not tensor.is_meta
-
-
-def _values(
-    layout: JobLayout, buckets: Sequence[Bucket], tensors: Mapping[int, torch.Tensor], progress: Progress
-) -> Iterator[bytes]:
-    reader = FlatReader(tensors, layout.parameters)
-    for bucket in buckets:
-        present = [True] * len(bucket.slices)
-        yield bucket_message(PARAMETER, bucket, present, reader)
-        progress.advance(bucket.nbytes)

@@ -31,15 +31,30 @@ class JobRequest:
     bucket_bytes: int
     max_grad_norm: float | None
     nonfinite: job_pb2.NonFinite
+    follows_rewind: bool = False
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the job is asynchronous."""
+        return bool(self.aggregation.WhichOneof("policy") == "asynchronous")
 
 
-def opening_messages(request: JobRequest, incarnation: int, *, returns_at_step: int | None = None) -> Iterator[bytes]:
+def opening_messages(
+    request: JobRequest,
+    incarnation: int,
+    *,
+    returns_at_step: int | None = None,
+    returns_with_sequence: int = 0,
+    follows_rewind: bool = False,
+) -> Iterator[bytes]:
     """What opens a job: the pages of a layout follow.
 
     Args:
         request: Which job, and as whom.
         incarnation: Which process it is.
         returns_at_step: The job step that its parameters are of, where it has been in the job.
+        returns_with_sequence: The number of its next push, where it has.
+        follows_rewind: Whether it takes the job as it is though that may not be as far.
     """
     yield encode(
         training_pb2.TrainRequest(
@@ -55,6 +70,8 @@ def opening_messages(request: JobRequest, incarnation: int, *, returns_at_step: 
                 max_grad_norm=request.max_grad_norm,
                 nonfinite=request.nonfinite,
                 returns_at_step=returns_at_step,
+                returns_with_sequence=returns_with_sequence,
+                follows_rewind=follows_rewind,
             )
         )
     )

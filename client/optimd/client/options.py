@@ -158,7 +158,15 @@ class ProxyOptions:
     """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
 
     retry_timeout_s: float = 60.0
-    """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks."""
+    """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks. A server
+    that is started again has to have its jobs back from disk in that time."""
+
+    on_rewind: Literal["error", "follow"] = "error"
+    """What to do where the job stands at an earlier point than this worker was told: its server was started again from
+    what it had on disk, and that was less. Error: raise `JobRewoundError`, from the call that meets it and from every
+    later one. Follow: take the job as it is, with a warning. Then the job's parameters, `job_step` and `next_sequence`
+    hold; what was written, changed or accumulated since is gone, and a `step()` in whose middle it happens drops its
+    gradients (`StepReceipt.outcome` is "dropped_late"), as they are of parameters that are gone."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 0:
@@ -171,6 +179,8 @@ class ProxyOptions:
             )
         if self.apply not in ("auto", "streaming", "atomic"):
             raise ConfigurationError(f'ProxyOptions(apply={self.apply!r}): "auto", "streaming" or "atomic" is needed')
+        if self.on_rewind not in ("error", "follow"):
+            raise ConfigurationError(f'ProxyOptions(on_rewind={self.on_rewind!r}): "error" or "follow" is needed')
         self._check_numerics()
         if self.bucket_bytes is not None and not MIN_BUCKET_BYTES <= self.bucket_bytes <= MAX_BUCKET_BYTES:
             raise ConfigurationError(

@@ -132,6 +132,7 @@ def place(
             bucket_bytes=options.bucket_bytes or 0,
             max_grad_norm=options.max_grad_norm,
             nonfinite=NONFINITE[options.nonfinite],
+            follows_rewind=options.on_rewind == "follow",
         ),
     )
 

@@ -171,9 +171,11 @@ class OptimizerProxy(RemoteOptimizer):
                 loss = closure()
         session = self._open_session()
         tensors = self._tensors()
+        # What the job may be set back from on the way, the gradients belong to.
+        rewinds = session.rewinds
         push = self._step_here(session, tensors) if self._is_made_here() else self._push(session, tensors)
         with hooks.held_back():
-            receipt = session.step(push, tensors)
+            receipt = session.step(push, tensors, rewinds=rewinds)
             self.last_receipt = receipt
             self._settle()
             if push.grad_scale is not None and not push.skipped:
@@ -183,7 +185,7 @@ class OptimizerProxy(RemoteOptimizer):
                         grad.div_(push.grad_scale)
             if session.wants_buffers and self._buffers is not None:
                 self._refresh_buffers(session, self._buffers)
-        if receipt.outcome == "dropped_late" and (push.values or push.states):
+        if receipt.outcome == "dropped_late" and (push.values or push.states) and session.rewinds == rewinds:
             warnings.warn(
                 f"the job had gone on to step {receipt.step} without this worker: values or states that were changed "
                 "since its last step were dropped with its gradients",
@@ -215,11 +217,10 @@ class OptimizerProxy(RemoteOptimizer):
                 f"accumulate() leaves gradients to the server, and {self._made_here_by} has the step made in the worker"
             )
         session = self._open_session()
-        tensors = self._tensors()
+        tensors, rewinds = self._tensors(), session.rewinds
         self._follow_layout(session, tensors)
-        session.accumulate(
-            len(self.param_groups), gradients(tensors, session.parameters, sparse_error=self._sparse_error)
-        )
+        grads = gradients(tensors, session.parameters, sparse_error=self._sparse_error)
+        session.accumulate(len(self.param_groups), grads, rewinds=rewinds)
         for tensor in tensors:
             tensor.grad = None
 
@@ -248,6 +249,23 @@ class OptimizerProxy(RemoteOptimizer):
             raise JobMismatchError("the parameters have other shapes or dtypes than the job's; step() brings it these")
         session.pull(tensors)
         self._tracker.refresh(tensors)
+
+    def snapshot(self) -> int:
+        """Has the server write the job to its disk: values, state and all that it takes to go on from there.
+
+        Blocks until the server has it on disk and has read it back; training goes on meanwhile. A server writes
+        snapshots by itself too.
+
+        Returns:
+            The job step that the snapshot is of.
+
+        Raises:
+            RuntimeError: this is a server step hook.
+            NotDurableError: the server keeps nothing on disk.
+            OptimdError: it could not be written, or the server cannot be reached.
+        """
+        self._own_hooks().refuse_in_hook("snapshot()")
+        return self._open_session().snapshot()
 
     def attach_buffers(self, module: torch.nn.Module) -> None:
         """Has the server keep a module's buffers, such as BatchNorm's statistics, for workers that join later.
@@ -283,7 +301,8 @@ class OptimizerProxy(RemoteOptimizer):
         The server tells of steps on a stream of their own, to a thread that lives while there are such hooks and calls
         them: each hook once for each step, steps in order, hooks in order of registration. `step()` returns when they
         have been called for its own step, with the new parameters in place. So in a synchronous job, whose every step
-        is one of this worker's, they never run beside the code that trains; in any other they do.
+        is one of this worker's, they never run beside the code that trains; in any other they do. Where the job is set
+        back to an earlier step, they are called for the steps that follow on that.
 
         A hook may read the optimizer (`state_dict()`, `param_groups`, `job_step`), register hooks and remove them, and
         close it. What it raises, `step()` raises when it waits for it, or else the next one; other hooks, and those of
@@ -417,6 +436,13 @@ class OptimizerProxy(RemoteOptimizer):
 
     # --- inside
 
+    def _set_back(self, step: int) -> None:
+        """The job was set back to `step`, and the parameters are its: what came behind that is gone."""
+        if not self._loading:
+            self._state_here = None
+        self._tracker.settle(self._tracker.known, self._fetcher())
+        self._own_hooks().rewind(step)
+
     def _refresh_buffers(self, session: Session, buffers: AttachedBuffers) -> None:
         try:
             session.push_buffers(buffers)
@@ -480,6 +506,12 @@ class _LocalValues:
         here = self._optimizer()
         if here is not None:
             here._tracker.refresh(self.tensors(), kept)  # noqa: SLF001  # its own
+
+    def rewound(self, step: int) -> None:
+        """The job was set back, and they have the server's values."""
+        here = self._optimizer()
+        if here is not None:
+            here._set_back(step)  # noqa: SLF001  # its own
 
 
 def _let_go(session: Session) -> None:

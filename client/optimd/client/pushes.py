@@ -40,8 +40,9 @@ def push_messages(
     begin: training_pb2.StepBegin,
     group_pages: Sequence[Sequence[param_group_pb2.ParamGroup]],
     pushed_pages: Sequence[Sequence[state_dict_pb2.PushedEntry]],
+    held: Collection[int] = (),
 ) -> Iterator[bytes]:
-    """The messages of a push, in order."""
+    """The messages of a push, in order, without the buckets that the server holds of its gradients."""
     yield encode(training_pb2.TrainRequest(step_begin=begin))
     for groups in group_pages:
         message = param_group_pb2.ParamGroupsPage(groups=groups)
@@ -50,7 +51,8 @@ def push_messages(
         yield encode(training_pb2.TrainRequest(pushed=state_dict_pb2.PushedPage(entries=entries)))
     yield from tensor_buckets(layout, PARAMETER, push.values)
     yield from state_buckets(layout, push.states)
-    count = yield from gradient_messages(layout, () if push.skipped else push.grads)
+    wanted = {bucket.bucket_id for bucket in layout.buckets}.difference(held) if held else None
+    count = yield from gradient_messages(layout, () if push.skipped else push.grads, wanted)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 

@@ -21,8 +21,9 @@ class StepReceipt:
     outcome: str
     """What became of the gradients, exactly one of these: "applied": they are the step, alone. "merged": they are in
     the step, with those of other workers. "dropped_late": they are in no step, since the job had gone on without this
-    worker; it has the job's parameters now. "skipped_nonfinite": nothing of them was applied because they, or the
-    step's gradient, were not finite; what was pushed besides gradients holds nevertheless."""
+    worker, or was set back (`ProxyOptions.on_rewind`); it has the job's parameters now. "skipped_nonfinite": nothing of
+    them was applied because they, or the step's gradient, were not finite; what was pushed besides gradients holds
+    nevertheless."""
 
     contributors: tuple[int, ...]
     """The ranks whose gradients are in the step, ascending. Empty where nothing was applied."""

@@ -242,6 +242,9 @@ class RemoteOptimizer(Optimizer):
         if self._state_here is None:
             self._state_here = defaultdict(dict, self._content())
         self._follow_layout(session, tensors)
+        if self._state_here is None:
+            # The job was set back on the way.
+            self._state_here = defaultdict(dict, self._content())
         self._make_step()
         return Push(
             groups=self.param_groups,

@@ -15,18 +15,18 @@ from optimd.client import buffers
 from optimd.client.caretaker import caretaker
 from optimd.client.connection import StepStream, TrainStream
 from optimd.client.exceptions import AccumulationLostError, ConnectionLostError
-from optimd.client.jobline import JobLine, finish_on_devices, serialised
+from optimd.client.jobline import JobLine, finish_on_devices
 from optimd.client.parameters import FlatWriter
 from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries, repeated_messages
 from optimd.client.receipts import StepReceipt, decode_receipt
 from optimd.client.statetransfer import RemoteEntry, read_state, state_messages
 from optimd.client.translation import exception_of
-from optimd.v1 import param_group_pb2, training_pb2
+from optimd.client.valuetransfer import write_values
+from optimd.v1 import training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Parameter
 from optimd.wire.paging import paginate
-from optimd.wire.param_groups import encode_group
 
 T = TypeVar("T")
 
@@ -46,13 +46,6 @@ class Session:
 
     def __init__(self, line: JobLine) -> None:
         self._line = line
-        self._sends_all_groups = False
-        # What the server knows of this worker's groups for sure: what was sent with the last push that was answered.
-        self._known_groups: list[bytes] = []
-        # How often gradients were accumulated, or those held discarded, since the last step.
-        self._micro = 0
-        self.holds_gradients = False
-        """Whether the server holds gradients for the next step."""
         self.wants_buffers = False
         """Whether the last step's receipt asks for fresh buffers."""
 
@@ -109,7 +102,17 @@ class Session:
     @property
     def group_sizes(self) -> Sequence[int]:
         """How many parameters each of the job's groups has."""
-        return self._line.group_sizes
+        return self._line.groups.sizes
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the server holds gradients for the next step."""
+        return self._line.holds_gradients
+
+    @property
+    def rewinds(self) -> int:
+        """How often the job was set back to an earlier point, and this worker followed."""
+        return self._line.rewinds
 
     def check(self) -> None:
         """Whether it can be used.
@@ -123,20 +126,15 @@ class Session:
     @property
     def is_alone(self) -> bool:
         """Whether the job has been opened for this worker alone."""
-        aggregation = self._line.request.aggregation
-        return not self._is_async and bool(aggregation.sync.world_size == 1)
-
-    @property
-    def _is_async(self) -> bool:
-        return bool(self._line.request.aggregation.WhichOneof("policy") == "asynchronous")
+        request = self._line.request
+        return not request.is_async and bool(request.aggregation.sync.world_size == 1)
 
     def acknowledge(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The worker's param_groups are the job's: only what changes from here on is sent.
 
         They may be other numbers than the server's, where the worker holds one in a narrower dtype.
         """
-        self._line.groups = [serialised(message) for message in self._encoded(groups)]
-        self._known_groups = self._line.groups
+        self._line.groups.acknowledge(self._line.groups.encoded(groups))
 
     # --- opening and growing
 
@@ -169,9 +167,10 @@ class Session:
         Raises:
             OptimdError: it cannot be added.
         """
-        announcement = training_pb2.AddParamGroup(group=len(self._line.groups))
-        adopted = self._line.grow(training_pb2.TrainRequest(add_param_group=announcement), [group], tensors, parameters)
-        self._known_groups = self._line.groups
+        announcement = training_pb2.TrainRequest(
+            add_param_group=training_pb2.AddParamGroup(group=len(self._line.groups))
+        )
+        adopted = self._line.grow(lambda: announcement, [group], tensors, parameters)
         return None if adopted is None else adopted[0]
 
     def replace_layout(
@@ -196,26 +195,29 @@ class Session:
         """
         # Here, since it may take the job up again, and then have another number.
         self._line.usable()
-        announcement = training_pb2.ReplaceLayout(layout_count=self._line.layout_count + 1)
+        number = self._line.counting(lambda: self._line.layout_count)
         self._line.grow(
-            training_pb2.TrainRequest(replace_layout=announcement),
+            lambda: training_pb2.TrainRequest(replace_layout=training_pb2.ReplaceLayout(layout_count=number())),
             groups,
             tensors,
             parameters,
             carried=carried,
             replaces=True,
         )
-        self._known_groups = self._line.groups
-        self._nothing_held()
+        self._line.forget_held()
 
     # --- a step
 
-    def step(self, push: Push, tensors: Sequence[torch.Tensor]) -> StepReceipt:
+    def step(self, push: Push, tensors: Sequence[torch.Tensor], *, rewinds: int) -> StepReceipt:
         """Pushes gradients, changed hyperparameters, values and states; receives the updated parameters in place.
+
+        Where the job is set back on the way, nothing is pushed: the receipt says "dropped_late", and the tensors have
+        the job's values.
 
         Args:
             push: What the worker brings.
             tensors: The parameters, in order, written to.
+            rewinds: What `rewinds` was when the gradients were computed.
 
         Returns:
             What became of the push.
@@ -224,77 +226,83 @@ class Session:
             OptimdError: the step failed.
         """
         finish_on_devices([*push.grads, *push.values.values()])
-        # In a synchronous job what was written is pushed with this step or, if that is late, dropped with it.
-        keeps = self._is_async
         # Before the line is looked at: the gradients are not of the parameters that may come with a new one.
-        sequence, base_step = self.next_sequence, self.job_step
-        self._line.usable(keeps=keeps)
-        traffic = _Traffic()
-        resumed = False
-        while True:
-            if self.job_step != base_step and not self._is_async:
+        opened = _OpenStep(push, base_step=self.job_step)
+        sequence, resumed = self.next_sequence, False
+        missed: training_pb2.StepReceipt | None = None
+        if self._line.rewinds == rewinds:
+            self._line.usable(written=push.values)
+        else:
+            # Steps that are made in this process have gone on from there.
+            self.pull(tensors)
+        while self._line.rewinds == rewinds:
+            if self.job_step != opened.base_step and not self._line.request.is_async:
                 # The job has gone on: the push is too late, and is only to be answered.
-                push = dataclasses.replace(push, grads=[None] * len(push.grads), values={}, states={})
+                opened.empty()
             try:
-                receipt = self._attempt(push, tensors, base_step, traffic)
+                receipt = self._attempt(opened, tensors)
                 break
             except ConnectionLostError as error:
-                missed = self._line.take_up_again(error, keeps=keeps)
+                missed = self._line.take_up_again(error, written=push.values)
             resumed = True
-            self._line.groups = self._known_groups
+            opened.held = self._line.held_buckets
             if missed is not None and missed.sequence == sequence:
-                # It had been answered, and only the answer was lost. Its values came with the line, but for those kept.
-                job_step = self.job_step
-                self._settle(missed)
-                self._line.job_step = job_step
-                if keeps and push.values:
-                    self.pull(tensors, push.values)
+                # It had been answered, and only the answer was lost. Its values came with the line.
+                self._line.answered()
+                self._line.forget_held()
                 receipt = missed
                 break
-        return decode_receipt(receipt, resumed=resumed, bytes_sent=traffic.sent, bytes_received=traffic.received)
+        else:
+            self._line.answered()
+            resumed = True
+            receipt = training_pb2.StepReceipt(
+                sequence=sequence, step=self.job_step, outcome=training_pb2.STEP_OUTCOME_DROPPED_LATE
+            )
+        kept = resumed and receipt is not missed and self._line.rewinds == rewinds
+        if kept and push.values and self._line.request.is_async:
+            # They may have been in place on the server before the line broke, and others have gone on from them.
+            self.pull(tensors, push.values)
+        return decode_receipt(receipt, resumed=resumed, bytes_sent=opened.sent, bytes_received=opened.received)
 
-    def _attempt(
-        self, push: Push, tensors: Sequence[torch.Tensor], base_step: int, traffic: _Traffic
-    ) -> training_pb2.StepReceipt:
+    def _attempt(self, opened: _OpenStep, tensors: Sequence[torch.Tensor]) -> training_pb2.StepReceipt:
         """Pushes once, on the stream as it is.
 
         Raises:
             ConnectionLostError: the line broke.
             OptimdError: the push is refused, or has failed for good.
         """
-        stream = self._line.stream()
+        stream, push = self._line.stream(), opened.push
         # Here, not where they are sent: what cannot be encoded must not cost the stream.
-        group_pages = [page for page, _ in paginate(self._changed_groups(push.groups)) if page]
+        group_pages = [page for page, _ in paginate(self._line.groups.tell(push.groups)) if page]
         pushed_pages = pushed_entries(push)
         begin = training_pb2.StepBegin(
             sequence=self.next_sequence,
-            base_step=base_step,
+            base_step=opened.base_step,
             group_count=len(push.groups),
             load_count=self._line.load_count,
             layout_count=self._line.layout_count,
             param_group_pages=len(group_pages),
             pushed_pages=len(pushed_pages),
-            micro=self._micro,
+            micro=self._line.micro,
             grad_scale=push.grad_scale,
             skipped=push.skipped,
             without_gradients=not self.holds_gradients and all(grad is None for grad in push.grads),
+            resumed=bool(opened.held),
         )
-        with self._line.failing_for_good(), traffic.of(stream):
-            stream.send(push_messages(self._line.layout, push, begin, group_pages, pushed_pages))
+        with self._line.failing_for_good(), opened.counting(stream):
+            stream.send(push_messages(self._line.layout, push, begin, group_pages, pushed_pages, opened.held))
             writer = FlatWriter(tensors, self.parameters)
             while True:
                 kind, message, frame = stream.expect("bucket", "receipt", "refused", "push_again")
                 if kind == "push_again":
                     stream.send(repeated_messages(self._line.layout, push, set(message.push_again.buckets)))
                 elif kind == "bucket":
-                    self._line.write(writer, self._line.layout, message.bucket, frame.payload)
+                    opened.keep_values()
+                    write_values(writer, self._line.layout, message.bucket, frame.payload, stream.address)
                 else:
                     break
             writer.flush()
-            if kind == "refused":
-                # The server may know some of the changed options and not others: all are sent again.
-                self._sends_all_groups = True
-            else:
+            if kind == "receipt":
                 self._settle(message.receipt)
         self._raise_refusal(kind, message)
         return message.receipt
@@ -304,17 +312,17 @@ class Session:
         self._line.job_step = receipt.step
         self._line.next_sequence = receipt.sequence + 1
         self._line.answered()
-        self._sends_all_groups = False
-        self._known_groups = self._line.groups
-        self._nothing_held()
+        self._line.groups.answered()
+        self._line.forget_held()
         self.wants_buffers = receipt.wants_buffers
 
-    def accumulate(self, group_count: int, grads: Sequence[torch.Tensor | None]) -> None:
+    def accumulate(self, group_count: int, grads: Sequence[torch.Tensor | None], *, rewinds: int) -> None:
         """Has the server add gradients to what it holds for this worker's next push. Returns when they are held.
 
         Args:
             group_count: How many param_groups the worker has.
             grads: As in `Push`.
+            rewinds: As in `step`.
 
         Raises:
             OptimdError: they are not held.
@@ -323,11 +331,12 @@ class Session:
         base_step = self.job_step
 
         def exchange() -> tuple[str, training_pb2.TrainResponse] | None:
-            if self.job_step != base_step and not self._is_async:
+            has_gone_on = self.job_step != base_step and not self._line.request.is_async
+            if has_gone_on or self._line.rewinds != rewinds:
                 return None
             begin = training_pb2.Accumulate(
                 sequence=self.next_sequence,
-                micro=self._micro,
+                micro=self._line.micro,
                 group_count=group_count,
                 layout_count=self._line.layout_count,
             )
@@ -338,15 +347,16 @@ class Session:
 
         answer = self._line.exchanging(exchange)
         if answer is None:
-            self._nothing_held()
+            self._line.forget_held()
+            what = "went on" if self._line.rewinds == rewinds else "was set back"
             raise AccumulationLostError(
-                f"the job went on to step {self.job_step} while the line was down: the gradients are of the parameters "
+                f"the job {what} to step {self.job_step} while the line was down: the gradients are of the parameters "
                 f"of step {base_step}. This worker has the job's parameters now; compute the gradients again"
             )
         kind, message = answer
         self._raise_refusal(kind, message)
-        self._micro = message.accumulated.micro
-        self.holds_gradients = True
+        self._line.micro = message.accumulated.micro
+        self._line.holds_gradients = True
 
     def discard_accumulated(self) -> None:
         """Has the server forget what it holds for this worker's next push. Without that, does not reach the server.
@@ -354,32 +364,20 @@ class Session:
         Raises:
             OptimdError: the line is down.
         """
-        if not self.holds_gradients:
-            return
 
-        def exchange() -> training_pb2.TrainResponse:
-            request = training_pb2.DiscardAccumulated(sequence=self.next_sequence, micro=self._micro)
+        def exchange() -> training_pb2.TrainResponse | None:
+            if not self.holds_gradients:
+                # Any more: it went with the line.
+                return None
+            request = training_pb2.DiscardAccumulated(sequence=self.next_sequence, micro=self._line.micro)
             stream = self._line.stream()
             stream.send([encode(training_pb2.TrainRequest(discard_accumulated=request))])
             return stream.expect("accumulated")[1]
 
-        message = self._line.exchanging(exchange)
-        self._micro = message.accumulated.micro
-        self.holds_gradients = False
-
-    def _changed_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
-        messages = self._encoded(groups)
-        encoded = [serialised(message) for message in messages]
-        changed = [
-            message
-            for message, new, old in zip(messages, encoded, self._line.groups, strict=True)
-            if new != old or self._sends_all_groups
-        ]
-        self._line.groups = encoded
-        return changed
-
-    def _encoded(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
-        return [encode_group(index, self._line.request.rule, group) for index, group in enumerate(groups)]
+        message = self._line.exchanging(exchange) if self.holds_gradients else None
+        if message is not None:
+            self._line.micro = message.accumulated.micro
+            self._line.holds_gradients = False
 
     # --- state
 
@@ -415,6 +413,14 @@ class Session:
         kinds = (PARAMETER,)
         self._reading(lambda: read_state(self._line.connection, self.job, self._line.layout, kinds, wanted, into=into))
 
+    def snapshot(self) -> int:
+        """Has the server write a snapshot of the job. Returns the job step that it is of, once it is on disk.
+
+        Raises:
+            OptimdError: it could not be written, or the server cannot be reached.
+        """
+        return self._reading(lambda: self._line.connection.snapshot(self.job).step)
+
     def _reading(self, read: Callable[[], T]) -> T:
         """Reads, again where the line breaks: for up to `retry_timeout_s`."""
         deadline = time.monotonic() + self.retry_timeout_s
@@ -441,17 +447,16 @@ class Session:
             OptimdError: the job cannot take it.
         """
         self._line.usable()
-        encoded = self._encoded(groups)
+        encoded = self._line.groups.encoded(groups)
         # Here, not where it is sent: what cannot be read must not cost the stream.
         digest = hashlib.sha256()
         for part in state_messages(self._line.layout, encoded, entries):
             digest.update(part)
-        load_count = self._line.load_count + 1
+        number = self._line.counting(lambda: self._line.load_count)
 
         def exchange() -> tuple[str, training_pb2.TrainResponse]:
             stream = self._line.stream()
-            # The same number, also where the line broke: what was loaded by then is found to be there.
-            announcement = training_pb2.LoadState(digest=digest.digest(), load_count=load_count, force=force)
+            announcement = training_pb2.LoadState(digest=digest.digest(), load_count=number(), force=force)
             stream.send([encode(training_pb2.TrainRequest(load_state=announcement))])
             kind, message, _ = stream.expect("load_state_accepted", "refused")
             if kind != "refused":
@@ -463,7 +468,7 @@ class Session:
         kind, message = self._line.exchanging(exchange)
         self._raise_refusal(kind, message)
         self._line.load_count = message.state_loaded.load_count
-        self._line.groups = self._known_groups = [serialised(group) for group in encoded]
+        self._line.groups.acknowledge(encoded)
 
     # --- buffers
 
@@ -522,7 +527,7 @@ class Session:
         Args:
             failed: Whether the worker ends before its time: a job with `on_loss="wait"` keeps its place then.
         """
-        self._nothing_held()
+        self._line.forget_held()
         self._line.leave(failed=failed)
 
     def abandon(self) -> None:
@@ -536,23 +541,46 @@ class Session:
         if kind == "refused":
             error = exception_of(message.refused)
             if isinstance(error, AccumulationLostError):
-                self._nothing_held()
+                self._line.forget_held()
             raise error
 
-    def _nothing_held(self) -> None:
-        self._micro = 0
-        self.holds_gradients = False
 
+class _OpenStep:
+    """One step, over all streams that it takes.
 
-class _Traffic:
-    """The bytes of one step's messages, over all streams that it took."""
+    Args:
+        push: What the worker brings.
+        base_step: The job step that its gradients are of the parameters of.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, push: Push, *, base_step: int) -> None:
+        self.push = push
+        self.base_step = base_step
+        self.held: frozenset[int] = frozenset()
+        """The buckets of the push that the server has."""
         self.sent = 0
+        """Bytes of its messages."""
         self.received = 0
+        self._keeps_values = False
+
+    def empty(self) -> None:
+        """Nothing is to be pushed any more."""
+        self.push = dataclasses.replace(self.push, grads=[None] * len(self.push.grads), values={}, states={})
+        self.held = frozenset()
+
+    def keep_values(self) -> None:
+        """Parameters are about to be received into the tensors whose values the push has brought.
+
+        Where the line breaks before it is answered, it may have to bring them again.
+        """
+        if not self._keeps_values:
+            self._keeps_values = True
+            values = {index: tensor.detach().clone() for index, tensor in self.push.values.items()}
+            finish_on_devices([*values.values()])
+            self.push = dataclasses.replace(self.push, values=values)
 
     @contextmanager
-    def of(self, stream: TrainStream) -> Iterator[None]:
+    def counting(self, stream: TrainStream) -> Iterator[None]:
         """Counts what goes over a stream in the block."""
         sent, received = stream.bytes_sent, stream.bytes_received
         try:

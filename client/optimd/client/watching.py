@@ -120,6 +120,21 @@ class ServerStepHooks:
                 # Its traceback has this frame now: they must not hold each other.
                 del error
 
+    def rewind(self, step: int) -> None:
+        """The job was set back to `step`: hooks are told of what it commits from there on."""
+        if not self._session.is_own:
+            return
+        self.begin_again(step)
+        delivery = self._delivery
+        if delivery is not None:
+            delivery.rewind(step)
+
+    def begin_again(self, step: int) -> None:
+        """The steps behind `step` are of interest, whatever has been told of those numbers. The thread calls it too."""
+        # A copy, made in one piece: hooks come and go meanwhile.
+        for hook in tuple(self._hooks.values()):
+            hook.after_step = min(hook.after_step, step)
+
     def refuse_in_hook(self, call: str) -> None:
         """Refuses, in a hook, what would wait for hooks or disturb the step that waits for this one.
 
@@ -188,7 +203,7 @@ class ServerStepHooks:
         _log.error("a server step hook raised for step %d, after another one", step, exc_info=error)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Hook:
     function: Callable[[Any, StepReceipt], object]
     after_step: int
@@ -238,6 +253,10 @@ class _Delivery:
         self._given = given
         self._running: int | None = None
         self._held = False
+        # Whether what the stream still brings is of a past that the job has left.
+        self._is_outdated = False
+        # Whether the thread has found that out before the optimizer.
+        self._has_followed = False
         self._failure: Exception | None = None
 
     # --- for the optimizer
@@ -287,6 +306,21 @@ class _Delivery:
                     "anew"
                 ) from self._failure
 
+    def rewind(self, step: int) -> None:
+        """The job was set back to `step`, as the optimizer has heard: goes on from there, on a new stream."""
+        with self._changed:
+            if self._has_followed:
+                self._has_followed = False
+                return
+            self._rewind_locked(step)
+
+    def _rewind_locked(self, step: int) -> None:
+        self._given = min(self._given, step)
+        self._is_outdated = True
+        self._changed.notify_all()
+        # What waits for it opens another one, behind the last step that was given.
+        self.stream.cancel()
+
     def end(self, failure: Exception | None) -> None:
         """Nothing more is delivered. The first reason holds."""
         with self._changed:
@@ -297,15 +331,24 @@ class _Delivery:
 
     # --- for the thread
 
-    def begun(self) -> None:
-        """The server has taken the call."""
+    def begun(self, step: int) -> bool:
+        """The server has taken the call, with the job at `step`. Returns whether the job was set back to that."""
         with self._changed:
             if self.phase is _Phase.OPENING:
                 self.phase = _Phase.OPEN
                 self._changed.notify_all()
+            if step >= self._given:
+                return False
+            _log.warning("the job was set back from step %d to step %d: hooks go on from there", self._given, step)
+            self._has_followed = True
+            self._rewind_locked(step)
+            return True
 
-    def resume(self, cause: ConnectionLostError) -> None:
+    def resume(self, cause: ConnectionLostError) -> int:
         """Goes on behind the last step that was given, on a new stream, where the last one broke.
+
+        Returns:
+            The job's step when the server took the call.
 
         Raises:
             ConnectionLostError: no server has answered in time, or delivery was ended.
@@ -316,29 +359,28 @@ class _Delivery:
             with self._changed:
                 if self._changed.wait_for(lambda: self.phase is _Phase.ENDED, _PAUSE_S):
                     break
-                given = self._given
+                given, self._is_outdated = self._given, False
             try:
                 stream = self._watch(given)
-                stream.await_begin()
+                step = stream.await_begin()
             except ServerUnavailableError:
                 continue
             with self._changed:
-                self.stream = stream
-                if self.phase is not _Phase.ENDED:
-                    return
+                if self.phase is not _Phase.ENDED and not self._is_outdated:
+                    self.stream = stream
+                    return step
             stream.cancel()
-            break
         raise cause
 
     def take(self, step: int) -> bool:
         """Waits for the end of a step that writes parameters, which the server bounds.
 
         Returns:
-            Whether hooks are to be called for `step`: False where delivery was ended.
+            Whether hooks are to be called for `step`: False where delivery was ended, or the job set back meanwhile.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._held or self.phase is _Phase.ENDED)
-            if self.phase is _Phase.ENDED:
+            self._changed.wait_for(lambda: not self._held or self._is_outdated or self.phase is _Phase.ENDED)
+            if self._is_outdated or self.phase is _Phase.ENDED:
                 return False
             self._running = step
             return True
@@ -346,7 +388,9 @@ class _Delivery:
     def gave(self, step: int) -> None:
         """All hooks have been called for `step`."""
         with self._changed:
-            self._given, self._running = step, None
+            self._running = None
+            if not self._is_outdated:
+                self._given = step
             self._changed.notify_all()
 
     def _kind_locked(self) -> type[OptimdError]:
@@ -358,26 +402,33 @@ def _deliver(delivery: _Delivery, optimizer: weakref.ref[OptimizerProxy], hooks:
     """What the thread does."""
     failure: Exception | None = None
     try:
-        delivery.stream.await_begin()
-        delivery.begun()
+        _begin(delivery, hooks, delivery.stream.await_begin())
         while True:
             try:
                 receipt = delivery.stream.receive()
             except ConnectionLostError as error:
                 # Without its traceback, as below.
-                delivery.resume(error.with_traceback(None))
+                _begin(delivery, hooks, delivery.resume(error.with_traceback(None)))
                 continue
-            if not delivery.take(receipt.step):
+            if delivery.take(receipt.step):
+                try:
+                    _call(optimizer, hooks, receipt)
+                finally:
+                    delivery.gave(receipt.step)
+            elif delivery.phase is _Phase.ENDED:
                 break
-            try:
-                _call(optimizer, hooks, receipt)
-            finally:
-                delivery.gave(receipt.step)
     except Exception as error:  # noqa: BLE001  # whatever it is, who waits for this thread hears of it
         # Without its traceback, which would lead from the failure to the delivery and back.
         failure = error.with_traceback(None)
         failure.__context__ = None
     delivery.end(failure)
+
+
+def _begin(delivery: _Delivery, hooks: weakref.ref[ServerStepHooks], step: int) -> None:
+    """The server tells of steps, with the job at `step`."""
+    its_hooks = hooks()
+    if delivery.begun(step) and its_hooks is not None:
+        its_hooks.begin_again(step)
 
 
 def _call(optimizer: weakref.ref[OptimizerProxy], hooks: weakref.ref[ServerStepHooks], receipt: StepReceipt) -> None:

@@ -143,6 +143,9 @@ class _Values:
     def received(self, kept: Collection[int]) -> None:
         """They are the server's values."""
 
+    def rewound(self, step: int) -> None:
+        """Never: a job that is being created has no steps."""
+
 
 class _Reading:
     """What has come so far of a job that is read."""

@@ -89,6 +89,7 @@ class Company:
         member = self.members.get(worker)
         if member is not None:
             member.held.forget()
+            member.promised = frozenset()
             member.reserved_bytes = 0
 
     @contextmanager
@@ -195,7 +196,7 @@ class Company:
                 case Verdict.UNKNOWN:
                     raise JobDeletedError(
                         f"job {self._job!r} is not the one that this worker was in: that was deleted, or its server "
-                        "has forgotten it"
+                        "was started again and has not kept it, and another of that name has been created since"
                     )
 
     def _in_use(self, newcomer: Worker, holder: Worker) -> WorkerInUseError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -126,10 +126,12 @@ class SplitParameters:
 
     Args:
         store: The job's.
+        elsewhere: Buckets that have come before, by id: of parameters with a part in them nothing can be said.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, elsewhere: Collection[int] = ()) -> None:
         self._store = store
+        self._elsewhere = elsewhere
         self._seen: dict[int, int] = {}
 
     def see(self, bucket: Bucket, present: Sequence[bool]) -> None:
@@ -146,7 +148,10 @@ class SplitParameters:
             InvalidFieldError: a parameter has a gradient in some of its slices only.
         """
         for index, count in self._seen.items():
-            slices = len(self._store.places(index))
+            places = self._store.places(index)
+            if any(bucket_id in self._elsewhere for bucket_id, _ in places):
+                continue
+            slices = len(places)
             if count != slices:
                 title = self._store.parameters[index].title(index)
                 raise InvalidFieldError(

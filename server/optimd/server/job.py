@@ -176,6 +176,17 @@ class Job:
         with self._changed:
             return self._company.record(worker_id)
 
+    def is_behind(self, worker_id: str, *, step: int, next_sequence: int) -> bool:
+        """Whether the job is not as far as a worker has been told: its server came back with less than it had.
+
+        Args:
+            worker_id: The worker's.
+            step: The job step that it was told last.
+            next_sequence: The number of its next push, as it was told.
+        """
+        with self._changed:
+            return self.step < step or self._company.record(worker_id).next_sequence < next_sequence
+
     def await_ready(self, member: Member) -> None:
         """Waits until the job's creator has uploaded its values.
 
@@ -210,7 +221,8 @@ class Job:
         Args:
             member: The worker.
             creates: Whether it creates the job.
-            check: Called when nothing can change any more; raises what speaks against the worker.
+            check: Called when the worker may have its place, for the last time when nothing can change any more; raises
+                what speaks against it.
             returns: Whether it says that it has been in the job before.
             picks_rank: Whether it takes any rank: `member.worker` has it then.
             base_step: The job step that its parameters are of, if it has any.
@@ -230,10 +242,10 @@ class Job:
         with self._changed:
             while True:
                 displaced = self._company.await_place(member, since=since, returns=returns, picks_rank=picks_rank)
+                check()
                 if displaced is None:
                     former = self._company.members[member.worker]
                     if former.holds_place:
-                        check()
                         return self._resume_locked(former, member, base_step)
                     displaced = [member.worker]
                 if displaced:
@@ -244,12 +256,17 @@ class Job:
                 if self._may_enter_locked(member):
                     break
                 self._await_boundary_locked(member)
-            check()
             self._enter_locked(member, creates=creates)
             return False
 
-    def welcome(self, member: Member, *, step: int, brought: Sequence[Bucket] = ()) -> Standing:
+    def welcome(self, member: Member, *, step: int, brought: Sequence[Bucket] = (), returns: bool = False) -> Standing:
         """The worker has all parameters, as of `step`, those of the buckets that it has brought among them.
+
+        Args:
+            member: The worker.
+            step: The job step that its parameters are of.
+            brought: The buckets that it has brought.
+            returns: Whether it has come back to the job with this, and is told what is there of its open push.
 
         Returns:
             Where the job and the worker stand; of one that has returned with everything, where they stood then. What
@@ -258,9 +275,14 @@ class Job:
         with self._changed:
             standing = self._standing_locked(member, step) if member.returned is None else member.returned
             member.returned = None
+            if returns:
+                standing = dataclasses.replace(standing, held=self._held_locked(member.worker))
+                member.promised = standing.held
             member.ready = member.holds_place = True
             for bucket in brought:
                 self.pulling.see_locked(member, bucket.bucket_id)
+            if brought:
+                member.sight.confirm()
             self._changed.notify_all()
             return standing
 
@@ -447,7 +469,8 @@ class Job:
         former, record.former = record.former, None
         self._company.members[worker] = member
         member.place = self._company.membership.enter(worker, member.incarnation, now=time.monotonic())
-        member.groups = [dict(group) for group in self.groups]
+        if not member.groups:
+            member.groups = [dict(group) for group in self.groups]
         # The same process, back after its lease had ended, says what it said.
         returns = former is not None and former.incarnation == member.incarnation
         member.speaks = creates or (returns and former is not None and former.speaks)
@@ -465,6 +488,9 @@ class Job:
         self.bringing.take_back_locked(former)
         self.buffers.disconnect_locked(former)
         member.take_over(former)
+        if member.rewound:
+            # They are of parameters that are gone.
+            member.held.forget()
         self._company.members[member.worker] = member
         member.place = self._company.membership.resume(member.worker, now=time.monotonic())
         former.cancel()
@@ -472,10 +498,17 @@ class Job:
         _log.info("job %s: rank %d (%s) is back on a new line", self.name, *member.worker)
         # It is given no parameters before it would have been on its old line.
         self._company.wait(member, lambda: not self._aggregator.is_waiting(member.worker), None)
-        is_current = base_step == self.step and not self.pulling.unseen_locked(member)
+        is_current = base_step == self.step and not member.rewound and not self.pulling.unseen_locked(member)
         if is_current:
             member.returned = self._standing_locked(member, self.step)
         return is_current
+
+    def _held_locked(self, worker: Worker) -> frozenset[int]:
+        """The buckets of a worker's open push that are there."""
+        if not self._aggregator.has_begun(worker):
+            return frozenset()
+        buckets = (bucket.bucket_id for bucket in self._content.store.buckets)
+        return frozenset(bucket_id for bucket_id in buckets if self._aggregator.holds(worker, bucket_id))
 
     def _standing_locked(self, member: Member, step: int) -> Standing:
         record = self._company.record(member.worker.worker_id)

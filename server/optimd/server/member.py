@@ -137,6 +137,8 @@ class Standing:
     """How often the parameters have been replaced."""
     receipt: Receipt | None
     """What became of the worker's last push."""
+    held: frozenset[int] = frozenset()
+    """The buckets of its open push that are there, of a worker that returns."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +148,8 @@ class Member:
     worker: Worker
     incarnation: int
     groups: list[dict[str, Any]] = field(default_factory=list)
-    """Its param_groups as far as the server knows: the job's when it joined, then what it sent."""
+    """Its param_groups as far as the server knows: the job's when it joined, then what it sent. Of a process that
+    returns, and is not in the job yet, what it says that it has told."""
     speaks: bool = False
     """Whether its hyperparameters count: the creator's do, a newcomer's from its first change on."""
     unchecked: bool = True
@@ -182,10 +185,14 @@ class Member:
     """What it has had accumulated."""
     place: Place = field(default_factory=lambda: Place(0, 0.0))
     """Its place in the job, once it is in it. Its stream notes there, without the lock, when it hears of it."""
-    recovered: bool = False
-    """Whether it was restored from disk: its options are those that it says it had, once it comes back."""
     returned: Standing | None = None
     """Where it stood when it came back with everything, until it is told."""
+    recovered: bool = False
+    """Whether it was restored from disk: its options are those that it says it had when it returns."""
+    rewound: bool = False
+    """Whether it has returned to a job that is not as far as it had been told."""
+    promised: frozenset[int] = frozenset()
+    """The buckets of its open push that it was told are there, when it returned: it may leave them out."""
     cancel: Callable[[], object] = lambda: None
     """Ends its stream. May be called from any thread, and more than once."""
 
@@ -202,10 +209,13 @@ class Member:
     def take_over(self, former: Member) -> None:
         """The same process was `former` on a stream that broke: what it had given and seen is this one's."""
         self.worker = former.worker
-        self.groups, self.speaks, self.unchecked = former.groups, former.speaks, True
+        if not former.recovered:
+            self.groups = former.groups
+        self.speaks, self.unchecked = former.speaks, True
         self.holds_place, self.steppable = True, former.steppable
         self.grad_scale, self.staleness, self.own_steps = former.grad_scale, former.staleness, former.own_steps
         self.sight, self.held = former.sight, former.held
+        self.sight.lose()
         former.alive = False
 
 

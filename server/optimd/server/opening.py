@@ -68,6 +68,10 @@ class Opening:
     settings: JobSettings
     returns_at_step: int | None = None
     """Of a process that has been in the job: the job step that its parameters are of."""
+    returns_with_sequence: int = 0
+    """Of such a process: the number of its next push, as it has been told."""
+    follows_rewind: bool = False
+    """Whether such a process takes the job as it is, though it may not be as far as that."""
 
 
 def read_opening(message: job_pb2.OpenJob) -> Opening:
@@ -125,6 +129,8 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
             nonfinite=nonfinite,
         ),
         returns_at_step=message.returns_at_step if message.HasField("returns_at_step") else None,
+        returns_with_sequence=message.returns_with_sequence,
+        follows_rewind=message.follows_rewind,
     )
 
 

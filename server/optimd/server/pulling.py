@@ -183,6 +183,11 @@ class Pulling:
             views = self._job.content.store.read(PARAMETER, bucket, present)
             return [memoryview(bytes(view)) for view in views]
 
+    def confirm(self, member: Member) -> None:
+        """A worker has gone on: it has all that it has been sent."""
+        with self._changed:
+            member.sight.confirm()
+
     def unseen_locked(self, member: Member) -> list[int]:
         """The buckets of the groups that a worker knows that are new to it. With the job's lock held."""
         known = (bucket.bucket_id for bucket in self._job.content.store.buckets if bucket.group < len(member.groups))

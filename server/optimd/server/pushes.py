@@ -52,6 +52,7 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
             micro=begin.micro,
             grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
             steppable=not begin.without_gradients,
+            resumed=begin.resumed,
         )
     except (UpdateRefusedError, AccumulationLostError, LimitExceededError, StepTimeoutError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
@@ -84,10 +85,13 @@ def _serve_begun(incoming: Incoming, job: Job, push: OpenPush, begin: training_p
 
     try:
         while True:
-            for _ in _gradients(incoming, push.store, "step_end", take, whole=owed is None):
+            split = SplitParameters(push.store, elsewhere=push.left_out) if owed is None else None
+            for _ in _gradients(incoming, push.store, "step_end", take, split):
                 yield from _applied_values(job, push, job.pulling.ready(push))
-            job.pushing.end(push, skipped=begin.skipped)
-            owed = yield from _serve_waiting(job, push)
+            owed = frozenset() if begin.skipped else job.pushing.missing(push)
+            if not owed:
+                job.pushing.end(push, skipped=begin.skipped)
+                owed = yield from _serve_waiting(job, push)
             if not owed:
                 break
             again = training_pb2.PushAgain(buckets=sorted(owed))
@@ -153,7 +157,7 @@ def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: trai
             job.accumulating.add(member, bucket, present, payload)
 
     try:
-        for _ in _gradients(incoming, job.store, "accumulate_end", hold):
+        for _ in _gradients(incoming, job.store, "accumulate_end", hold, SplitParameters(job.store)):
             pass
         if new:
             job.accumulating.end(member)
@@ -183,8 +187,7 @@ def _gradients(
     store: Store,
     end: str,
     take: Callable[[Bucket, list[bool], torch.Tensor], None],
-    *,
-    whole: bool = True,
+    split: SplitParameters | None,
 ) -> Iterator[None]:
     """Receives gradients up to the message `end`. Yields after each bucket that `take` has been given.
 
@@ -193,17 +196,16 @@ def _gradients(
         store: The job's tensors.
         end: The kind of the message that ends them.
         take: What is done with each.
-        whole: Whether they are all that there are, so that no parameter has some of its own only.
+        split: Checks that no parameter has some of its own only; None where they are not all that there are.
     """
     pushed: set[int] = set()
-    split = SplitParameters(store)
     while True:
         kind, message, frame = incoming.expect("bucket", end)
         if kind == end:
             count = getattr(message, end).bucket_count
             if count != len(pushed):
                 raise InvalidFieldError(f"{end}.bucket_count", f"{count}, but {len(pushed)} have come")
-            if whole:
+            if split is not None:
                 split.check()
             return
         what, bucket, present, payload = read_bucket(message.bucket, frame, store.buckets)
@@ -212,7 +214,8 @@ def _gradients(
                 "TensorBucket", f"{what} of bucket {bucket.bucket_id} has no place here, or came a second time"
             )
         pushed.add(bucket.bucket_id)
-        split.see(bucket, present)
+        if split is not None:
+            split.see(bucket, present)
         take(bucket, present, payload)
         # Nothing may hold the received bytes while this thread waits for the next ones.
         del message, frame, payload

@@ -51,6 +51,8 @@ class OpenPush:
     """How many of the round's applied buckets the worker has been sent."""
     was_answered: bool = False
     """Whether that was before it came, on a stream that broke."""
+    left_out: frozenset[int] = frozenset()
+    """The buckets that the worker leaves out, since it was told that they are there."""
 
 
 class Pushing:
@@ -88,10 +90,12 @@ class Pushing:
         micro: int,
         grad_scale: float | None = None,
         steppable: bool = True,
+        resumed: bool = False,
     ) -> OpenPush:
         """A worker begins a push, or comes back to the one that it was at. Waits until the job is formed.
 
-        The numbers are those of `StepBegin`. Whether the worker's options have to be ones to step with is `steppable`.
+        The numbers are those of `StepBegin`, and so is `resumed`. Whether the worker's options have to be ones to step
+        with is `steppable`.
 
         Raises:
             OutOfOrderError: the sequence number is not the one due, the base step lies ahead, or the line is down.
@@ -107,6 +111,8 @@ class Pushing:
         with self._changed:
             stepper = self._stepper_locked(member.worker)
             push = OpenPush(member, sequence, base_step, self._job.content.store, stepper, None)
+            if resumed:
+                push.left_out = member.promised
             if self.answered_locked(push) is not None:
                 # On the stream before this one, while the worker was on its way back.
                 push.was_answered = member.occupied = True
@@ -202,6 +208,19 @@ class Pushing:
             self._job.company.check_alive(member)
             if self.takes_locked(push) and not self._job.aggregator.holds(member.worker, bucket.bucket_id):
                 self._contribute_locked(push, bucket, *member.held.take(bucket, present, payload))
+
+    def missing(self, push: OpenPush) -> frozenset[int]:
+        """What a worker has left out of its push and has to push after all, since it is not there any more.
+
+        Said once. What others' losses have taken out of a step that goes on is owed, and not among these.
+        """
+        with self._changed:
+            left_out, push.left_out = push.left_out, frozenset()
+            if not left_out or not self.takes_locked(push):
+                return frozenset()
+            worker, aggregator = push.member.worker, self._job.aggregator
+            gone = (bucket_id for bucket_id in left_out if not aggregator.holds(worker, bucket_id))
+            return frozenset(gone) - aggregator.owed(worker)
 
     def end(self, push: OpenPush, *, skipped: bool = False) -> None:
         """A worker has pushed all it had; commits or skips the step if it was the last. Waits for readers.

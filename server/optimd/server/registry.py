@@ -18,6 +18,7 @@ from optimd.server.errors import (
     JobExistsError,
     JobInUseError,
     JobMismatchError,
+    JobRewoundError,
     LimitExceededError,
     NotDurableError,
     UnknownJobError,
@@ -93,6 +94,7 @@ class JobRegistry:
             JobExistsError: it exists and the worker wants a new one.
             JobDeletedError: the worker returns to a job that is not there any more.
             JobMismatchError: the worker's settings or parameters are not the job's.
+            JobRewoundError: the worker returns to a job that is not as far as it was told, and does not follow it.
             LimitExceededError: there are too many jobs.
             RequestError: what `Job.admit` raises.
         """
@@ -104,12 +106,16 @@ class JobRegistry:
                     job.admit(member, creates=True, check=lambda: None, picks_rank=opening.rank is None)
                     return Entry(job, creates=True)
                 job.await_ready(member)
+                # Before it waits for anything: others may take the job past this worker's point again, by another way.
+                member.rewound = opening.returns_at_step is not None and job.is_behind(
+                    opening.worker_id, step=opening.returns_at_step, next_sequence=opening.returns_with_sequence
+                )
                 # Said at once, not when the open step is over; and again when nothing can change any more.
                 _check_match(job, opening, layout)
                 is_current = job.admit(
                     member,
                     creates=False,
-                    check=partial(_check_match, job, opening, layout),
+                    check=partial(_check_admissible, job, opening, layout, member),
                     returns=opening.returns_at_step is not None,
                     picks_rank=opening.rank is None,
                     base_step=opening.returns_at_step,
@@ -222,8 +228,8 @@ class JobRegistry:
                 return job, False
             if opening.returns_at_step is not None:
                 raise JobDeletedError(
-                    f"job {opening.job!r} is not on this server any more: it was deleted, or the server has been "
-                    "restarted and does not keep jobs"
+                    f"job {opening.job!r} is not on this server any more: it was deleted, or the server was started "
+                    "again and has not kept it (--data-dir keeps jobs). Start the worker again to create it anew"
                 )
             if len(self._jobs) >= self._max_jobs:
                 raise LimitExceededError(
@@ -275,6 +281,18 @@ class JobRegistry:
         if self.storage is None:
             raise NotDurableError("this server keeps nothing on disk; start it with --data-dir")
         return self.storage.snapshot(job)
+
+
+def _check_admissible(job: Job, opening: Opening, layout: WorkerLayout, member: Member) -> None:
+    if member.rewound and not opening.follows_rewind:
+        due = job.record(opening.worker_id).next_sequence
+        raise JobRewoundError(
+            f"job {job.name!r} stands at step {job.step}, with push {due} of {_who(opening)} to come; the worker was "
+            f"told of step {opening.returns_at_step} and push {opening.returns_with_sequence}: the server was started "
+            "again from what it had on disk, and that was less. Go back to a checkpoint of that step and start the "
+            'worker again, or have it take the job as it is: ProxyOptions(on_rewind="follow")'
+        )
+    _check_match(job, opening, layout)
 
 
 def _check_match(job: Job, opening: Opening, layout: WorkerLayout) -> None:

@@ -46,7 +46,8 @@ class Limits:
 class OptimizerService:
     """`optimd.v1.OptimizerService`. Its calls whose messages carry payloads take and give bytes.
 
-    It holds at most `3 * max_workers` threads for as long as a worker likes: of streams, reads and watchers.
+    It holds at most `3 * max_workers` threads for as long as a worker likes: of streams, reads and watchers. A snapshot
+    counts as a read.
 
     Args:
         registry: The server's jobs.
@@ -86,6 +87,11 @@ class OptimizerService:
                     self.watch_steps,
                     request_deserializer=reading_pb2.WatchStepsRequest.FromString,
                     response_serializer=reading_pb2.WatchStepsResponse.SerializeToString,
+                ),
+                "Snapshot": grpc.unary_unary_rpc_method_handler(
+                    self.snapshot,
+                    request_deserializer=reading_pb2.SnapshotRequest.FromString,
+                    response_serializer=reading_pb2.SnapshotResponse.SerializeToString,
                 ),
             },
         )
@@ -190,6 +196,25 @@ class OptimizerService:
             for step in watch:
                 job.journal.await_durable()
                 yield encode_step(step, request.worker_id)
+
+    def snapshot(
+        self, request: reading_pb2.SnapshotRequest, _context: grpc.ServicerContext
+    ) -> reading_pb2.SnapshotResponse:
+        """A snapshot of a job. Waits until it is on disk.
+
+        Raises:
+            LimitExceededError: there are too many reads already.
+            RequestError: what `JobRegistry.snapshot` raises.
+        """
+        if not self._reads.acquire(blocking=False):
+            raise LimitExceededError(
+                f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"
+            )
+        try:
+            taken = self._registry.snapshot(request.job)
+            return reading_pb2.SnapshotResponse(step=taken.step, path=str(taken.folder), nbytes=taken.nbytes)
+        finally:
+            self._reads.release()
 
 
 def _at_the_end(context: grpc.ServicerContext, work: Callable[[], None]) -> bool:

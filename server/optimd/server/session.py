@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from optimd.server import update
 from optimd.server.aggregation import Worker
 from optimd.server.answers import DECLINED, decode_options, refusal, values
 from optimd.server.bringing import AdoptedGroups, LoadedState
 from optimd.server.bufferexchange import attach_buffers, push_buffers, receive_first_buffers
-from optimd.server.errors import InvalidFieldError, LimitExceededError, OutOfOrderError, RequestError
+from optimd.server.errors import (
+    InvalidFieldError,
+    LeaseEndedError,
+    LimitExceededError,
+    OutOfOrderError,
+    RequestError,
+    ShuttingDownError,
+    StorageFailedError,
+)
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.member import Member
@@ -27,11 +35,14 @@ from optimd.v1 import job_pb2, tensor_pb2, training_pb2
 from optimd.wire.buffers import BufferValues
 from optimd.wire.codec import Frame, encode
 from optimd.wire.kinds import PARAMETER
-from optimd.wire.layout import Bucket, encode_bucket, encode_parameter
+from optimd.wire.layout import Bucket, encode_bucket, encode_parameter, pack_bucket_ids
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
 
 _log = logging.getLogger(__name__)
+
+_PASSING: Final = (ShuttingDownError, StorageFailedError, LeaseEndedError)
+"""What ends a stream whose worker then takes its place up again on another."""
 
 _APPLY = {"streaming": job_pb2.APPLY_MODE_STREAMING, "atomic": job_pb2.APPLY_MODE_ATOMIC}
 
@@ -101,9 +112,9 @@ class TrainSession:
                 self._member.place.sending_since_s = time.monotonic()
                 yield response
                 self._member.place.sending_since_s = None
-        except RequestError:
-            # It is told so, and will not come back to this place. Unless the line was the reason.
-            self._leaves = not self._incoming.has_ended and self._is_active()
+        except RequestError as error:
+            # It is told so, and will not come back to this place. Unless the line was the reason, or it is to come.
+            self._leaves = not self._incoming.has_ended and self._is_active() and not isinstance(error, _PASSING)
             raise
         finally:
             if self._job is not None and self._member is not None:
@@ -126,6 +137,8 @@ class TrainSession:
             if received is None:
                 return
             kind, message, _ = received
+            # It reads an answer to its end before it asks for more.
+            job.pulling.confirm(member)
             if kind != "push_buffers":
                 job.buffers.decline(member)
             match kind:
@@ -163,8 +176,12 @@ class TrainSession:
         self._member = member
         if self._ended:
             member.alive = False
+        returns = opening.returns_at_step is not None
+        if returns:
+            # Good where the job does not know better.
+            member.groups = layout.groups
         entry = self._registry.enter(opening, layout, member, on_job=self._attach)
-        job, returns = entry.job, opening.returns_at_step is not None
+        job = entry.job
         if returns:
             # What it was bringing when its line broke, it does not know to be there.
             del member.groups[len(layout.groups) :]
@@ -301,7 +318,7 @@ class TrainSession:
     def _ready(
         self, job: Job, member: Member, *, step: int, brought: Sequence[Bucket] = (), tells: bool = False
     ) -> Iterator[bytes]:
-        standing = job.welcome(member, step=step, brought=brought)
+        standing = job.welcome(member, step=step, brought=brought, returns=tells)
         job.journal.await_durable()
         receipt = standing.receipt if tells else None
         ready = job_pb2.JobReady(
@@ -312,6 +329,8 @@ class TrainSession:
             rank=member.worker.rank,
             lease_s=job.lease_s,
             receipt_follows=receipt is not None,
+            held_buckets=pack_bucket_ids(standing.held),
+            rewound=tells and member.rewound,
         )
         yield encode(training_pb2.TrainResponse(ready=ready))
         if receipt is not None:

@@ -30,22 +30,40 @@ class Changes:
 class Sight:
     """What one worker has seen. Guarded by the job's lock.
 
-    For each bucket: as of which change, and when, counted in steps that others had committed by then.
+    For each bucket: as of which change, and when, counted in steps that others had committed by then. What it is sent
+    it has not seen yet: that may be lost with its line.
     """
 
     def __init__(self) -> None:
         self._change = -1
         self._steps = 0
         self._buckets: dict[int, tuple[int, int]] = {}
+        # Of the buckets that it has been sent since it was last known to have all: what it had seen before.
+        self._before: dict[int, tuple[int, int] | None] = {}
 
     def see(self, bucket_id: int, change: int, steps: int) -> None:
         """The worker is sent a bucket."""
+        self._before.setdefault(bucket_id, self._buckets.get(bucket_id))
         self._buckets[bucket_id] = (change, steps)
 
     def see_all(self, change: int, steps: int) -> None:
-        """The worker has been sent all that there is."""
+        """The worker has been sent all that there is, and will be told of the step that it was."""
         self._change, self._steps = change, steps
         self._buckets.clear()
+        self._before.clear()
+
+    def confirm(self) -> None:
+        """The worker has all that it has been sent: it has gone on."""
+        self._before.clear()
+
+    def lose(self) -> None:
+        """The worker's line broke: what it has been sent since it last went on, it may not have."""
+        for bucket_id, seen in self._before.items():
+            if seen is None:
+                del self._buckets[bucket_id]
+            else:
+                self._buckets[bucket_id] = seen
+        self._before.clear()
 
     def unseen(self, changes: Changes, bucket_ids: Iterable[int]) -> list[int]:
         """Those of `bucket_ids` that have changed since the worker saw them."""

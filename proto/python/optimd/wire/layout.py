@@ -10,7 +10,7 @@ state travels. Values and gradients travel in the worker's own dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -187,6 +187,26 @@ def unpack_present(bitmap: bytes, count: int) -> list[bool]:
     if not any(present):
         raise ValueError("a bucket without any slice must not be sent")
     return present
+
+
+def pack_bucket_ids(bucket_ids: Collection[int]) -> bytes:
+    """The bitmap of `JobReady.held_buckets`: empty where there are none."""
+    bits = bytearray(max(bucket_ids, default=-1) // 8 + 1)
+    for bucket_id in bucket_ids:
+        bits[bucket_id // 8] |= 1 << bucket_id % 8
+    return bytes(bits)
+
+
+def unpack_bucket_ids(bitmap: bytes, count: int) -> frozenset[int]:
+    """The buckets that `bitmap` stands for, of `count` that there are.
+
+    Raises:
+        ValueError: it marks one that there is not.
+    """
+    bucket_ids = frozenset(index for index in range(8 * len(bitmap)) if bitmap[index // 8] >> index % 8 & 1)
+    if max(bucket_ids, default=-1) >= count:
+        raise ValueError(f"bucket {max(bucket_ids)} is marked, and there are {count}")
+    return bucket_ids
 
 
 def encode_parameter(parameter: Parameter) -> tensor_pb2.ParameterSpec:
