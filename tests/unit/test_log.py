@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from optimd.server.files import Files
 from optimd.server.log import Log, LogDamageError, LogReader, LogSyncError, segment_starts
 from optimd.server.records import FIXED_BYTES, Record
-from tests.faultfiles import FailingFiles, VolatileFiles, everything, nothing, some
+from tests.faultfiles import FailingFiles, Keeps, Operation, VolatileFiles, everything, nothing, some
 
 SEGMENT_BYTES = 320
 
@@ -324,7 +324,7 @@ def test_what_did_not_reach_the_disk_before_the_power_went_is_cut_and_all_before
 
 
 @pytest.mark.parametrize("keeps", [nothing, everything])
-def test_all_that_was_synced_is_on_the_disk_whatever_else_is(tmp_path: Path, keeps: object) -> None:
+def test_all_that_was_synced_is_on_the_disk_whatever_else_is(tmp_path: Path, keeps: Keeps) -> None:
     """Names included: a segment's own and that of a file that is used again."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -541,7 +541,7 @@ def test_an_append_that_fails_at_any_byte_can_be_tried_again(tmp_path: Path, cod
 
 
 @pytest.mark.parametrize("operation", ["open", "rename", "sync_folder", "write_some"])
-def test_a_segment_that_could_not_be_begun_is_begun_with_the_next_append(tmp_path: Path, operation: str) -> None:
+def test_a_segment_that_could_not_be_begun_is_begun_with_the_next_append(tmp_path: Path, operation: Operation) -> None:
     """Even where that one would have fitted into the segment before it, and wherever the files come from."""
     files = FailingFiles()
     log = recycling(tmp_path, files)
