@@ -6,11 +6,13 @@ import struct
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from optimd.server import records
-from optimd.server.records import ALIGNMENT, FIXED_BYTES, Record, frame, length_of, read_record
+from optimd.server.records import ALIGNMENT, FIXED_BYTES, Record, checksum_of, frame, length_of, read_record
+from optimd.wire.tensors import bytes_of
 
 POSITIONS = st.integers(0, 2**60).map(lambda number: number * ALIGNMENT)
 PARTS = st.lists(st.binary(max_size=40), max_size=4)
@@ -87,3 +89,14 @@ def test_a_record_that_claims_to_be_huge_is_none_and_is_not_read(field: int) -> 
 def test_an_empty_record_is_one() -> None:
     """It has neither message nor payload."""
     assert read_record(reader(framed(8, b"", []), 8), 8) == Record(8, 8 + FIXED_BYTES, 0, b"", memoryview(b""))
+
+
+def test_a_part_without_elements_changes_nothing() -> None:
+    """An empty tensor's bytes are at address 0: what is before them is in the checksum all the same."""
+    empty, full = bytes_of(torch.empty(0)), memoryview(b"payload")
+    for parts in ([empty], [empty, full], [full, empty], [empty, full, empty]):
+        content = b"".join(frame(0, b"message", parts))
+        record = read_record(reader(content, 0), 0)
+        assert record is not None, len(parts)
+        assert (record.message, bytes(record.payload)) == (b"message", b"".join(parts))
+    assert checksum_of([full, empty], 3) == checksum_of([full], 3) != 0

@@ -44,6 +44,15 @@ class Record:
     payload: memoryview
 
 
+def checksum_of(parts: Sequence[Part], before: int = 0) -> int:
+    """The CRC-32 of parts that follow one another, behind what has the checksum `before`."""
+    for part in parts:
+        # An empty tensor is at address 0, and zlib takes that for a wish to begin anew.
+        if len(part):
+            before = crc32(part, before)
+    return before
+
+
 def length_of(message: bytes, parts: Sequence[Part]) -> int:
     """The bytes that a record takes."""
     content = FIXED_BYTES + len(message) + sum(len(part) for part in parts)
@@ -61,9 +70,7 @@ def frame(position: int, message: bytes, parts: Sequence[Part], *, synced: int =
     """
     payload_bytes = sum(len(part) for part in parts)
     checked = _CHECKED.pack(len(message), payload_bytes, position, synced)
-    checksum = crc32(message, crc32(checked))
-    for part in parts:
-        checksum = crc32(part, checksum)
+    checksum = checksum_of(parts, crc32(message, crc32(checked)))
     padding = -(FIXED_BYTES + len(message) + payload_bytes) % ALIGNMENT
     return [_FIXED.pack(MAGIC, checksum) + checked + message, *parts, bytes(padding + FIXED_BYTES)]
 
