@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import random
@@ -320,6 +321,14 @@ class VolatileFiles(WatchedFiles):
         """Makes `target` what the disk may have of `root` after a power loss at this moment."""
         with self._alone:
             _lay_out(self._tree, target, keeps)
+
+    def outlive(self, target: Path) -> VolatileFiles:
+        """What the next process finds in `target` if this one dies at this moment: everything, synced or not."""
+        with self._alone:
+            self.crash(target, everything)
+            survivor = VolatileFiles(target)
+            survivor._tree = copy.deepcopy(self._tree)
+            return survivor
 
     def open(self, path: Path) -> int:
         with self._alone:

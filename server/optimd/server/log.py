@@ -64,7 +64,7 @@ class Log:
     Args:
         files: The system's files.
         folder: Where the segments are. It exists.
-        position: Where the first record goes. What is in the folder ends there or before.
+        position: Where the first record goes. What is in the folder ends there or before, and is on the disk.
         first_message: Gives the message of a segment's first record, by its position.
         segment_bytes: How long a segment gets.
         durable: Whether somebody waits for syncs: then names too have to be on the disk before anything under them can
@@ -329,6 +329,16 @@ class LogReader:
                 if self._files.size(descriptor) > position - start:
                     self._files.truncate(descriptor, position - start)
                     self._files.sync(descriptor)
+            finally:
+                self._files.close(descriptor)
+        self._files.sync_folder(self._folder)
+
+    def sync(self) -> None:
+        """Brings it all to the disk: whoever wrote it may have died before that. Blocks."""
+        for start in segment_starts(self._files, self._folder):
+            descriptor = self._files.open(self._path(start))
+            try:
+                self._files.sync(descriptor)
             finally:
                 self._files.close(descriptor)
         self._files.sync_folder(self._folder)
