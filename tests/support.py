@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from optimd.server import Server, ServerConfig
+from optimd.server.files import Files
 
 T = TypeVar("T")
 
@@ -24,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def running_server(**settings: Any) -> Iterator[Server]:
-    """A server in this process, on a free loopback port, until the block ends."""
+def running_server(*, files: Files | None = None, **settings: Any) -> Iterator[Server]:
+    """A server in this process, on a free loopback port, until the block ends. It keeps its jobs in `files`."""
     config = ServerConfig(**{"address": "127.0.0.1:0", "threads": 1, "health": False, **settings})
     threads = torch.get_num_threads()
-    server = Server(config)
+    server = Server(config, files=files)
     server.start()
     try:
         yield server

@@ -20,7 +20,8 @@ _FORMAT: Final = "FORMAT"
 _NEW_FORMAT: Final = "FORMAT.new"
 _LOCK: Final = "LOCK"
 _JOBS: Final = "jobs"
-_GONE: Final = "gone-"
+_GONE: Final = ".gone-"
+"""What the name of a removed job's folder begins with. No job's does: see `DataDir.job_folder`."""
 _READABLE: Final = 60
 
 
@@ -39,14 +40,23 @@ class DataDir:
         self.path = path
         self.files = files or Files()
         try:
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
             self.files.make_folder(path)
+            for folder in missing:
+                self.files.sync_folder(folder.parent)
+            self._refuse_foreign()
             self._lock = self._take_lock()
-            self._check_version()
-            self.files.make_folder(path / _JOBS)
-            for name in self.files.names(path / _JOBS):
-                # Deleted by a server that was killed before all of it was gone.
-                if name.startswith(_GONE):
-                    self.files.remove(path / _JOBS / name)
+            try:
+                self._check_version()
+                self.files.make_folder(path / _JOBS)
+                self.files.sync_folder(path)
+                for name in self.files.names(path / _JOBS):
+                    # Deleted by a server that was killed before all of it was gone.
+                    if name.startswith(_GONE):
+                        self.files.remove(path / _JOBS / name)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise DataDirError(f"the data dir {path} cannot be used: {error.strerror or error}") from error
 
@@ -85,17 +95,22 @@ class DataDir:
             ) from None
         return descriptor
 
+    def _refuse_foreign(self) -> None:
+        names = self.files.names(self.path)
+        if _FORMAT not in names and any(name not in (_LOCK, _NEW_FORMAT, "lost+found") for name in names):
+            raise DataDirError(
+                f"{self.path} holds other things than an optimd data dir; choose an empty folder with --data-dir"
+            )
+
     def _check_version(self) -> None:
         path = self.path / _FORMAT
         if not path.exists():
-            if any(name not in (_LOCK, _NEW_FORMAT, "lost+found") for name in self.files.names(self.path)):
-                raise DataDirError(
-                    f"{self.path} holds other things than an optimd data dir; choose an empty folder with --data-dir"
-                )
             descriptor = self.files.open(self.path / _NEW_FORMAT)
-            self.files.write(descriptor, [f"optimd data dir, version {FORMAT_VERSION}\n".encode()], 0)
-            self.files.sync(descriptor)
-            self.files.close(descriptor)
+            try:
+                self.files.write(descriptor, [f"optimd data dir, version {FORMAT_VERSION}\n".encode()], 0)
+                self.files.sync(descriptor)
+            finally:
+                self.files.close(descriptor)
             self.files.rename(self.path / _NEW_FORMAT, path)
             self.files.sync_folder(self.path)
             return

@@ -494,7 +494,9 @@ class JobJournal:
         if log is None:
             return
         try:
-            if orderly:
+            if orderly and not self.has_failed:
+                # First: so that the last record says of all others that they were on the disk.
+                log.sync(log.position)
                 log.append(journal_pb2.JournalRecord(journal_closed=journal_pb2.JournalClosed()).SerializeToString())
                 log.sync(log.position)
         except OSError as error:

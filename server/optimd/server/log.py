@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ class LogSyncError(OSError):
 
 
 class LogDamageError(Exception):
-    """A record is not whole, and good ones stand behind it.
+    """A record is not whole though it had been: one behind it tells that it was on the disk.
 
     Args:
         path: The file.
@@ -63,11 +64,11 @@ class Log:
     Args:
         files: The system's files.
         folder: Where the segments are. It exists.
-        position: Where the first record goes. What is in the folder ends there or before.
+        position: Where the first record goes. What is in the folder ends there or before, and is on the disk.
         first_message: Gives the message of a segment's first record, by its position.
         segment_bytes: How long a segment gets.
         durable: Whether somebody waits for syncs: then names too have to be on the disk before anything under them can
-            be acknowledged.
+            be acknowledged, and what was not synced may be missed after a power loss. Else nothing may.
     """
 
     def __init__(
@@ -111,13 +112,20 @@ class Log:
         return self.position
 
     def _write(self, segment: _Segment, message: bytes, parts: Sequence[Part]) -> None:
-        self._files.write(segment.descriptor, frame(self.position, message, parts), self.position - segment.start)
+        with self._lock:
+            synced = self._synced if self._durable else self.position
+        framed = frame(self.position, message, parts, synced=synced)
+        self._files.write(segment.descriptor, framed, self.position - segment.start)
         self.position += length_of(message, parts)
 
     def _begin_segment(self) -> _Segment:
+        with self._lock:
+            # Where this fails, the one before it is not gone on with: there may be a file of the new one's name.
+            self._segment = None
         path = self._folder / f"{self.position:020d}{_SUFFIX}"
-        spare = next((name for name in self._files.names(self._folder) if name.startswith(_SPARE)), None)
-        if spare is not None:
+        names = self._files.names(self._folder)
+        spare = next((name for name in names if name.startswith(_SPARE)), None)
+        if spare is not None and path.name not in names:
             self._files.rename(self._folder / spare, path)
         segment = _Segment(path, self.position, self._files.open(path))
         try:
@@ -237,13 +245,13 @@ class LogReader:
         self._files = files
         self._folder = folder
         self.torn_at: int | None = None
-        """Where a last record stands that is not whole, if there is one, once all were read."""
+        """Where the first record stands that never was on the disk as a whole, if there is one, once all were read."""
 
     def records(self, position: int) -> Iterator[Record]:
         """The records from a position on, which has to be one's.
 
         Raises:
-            LogDamageError: one is not whole, and is not the last; or those at the position are not there.
+            LogDamageError: one is not whole that once was; or those at the position are not there.
         """
         starts = segment_starts(self._files, self._folder)
         wanted = [start for start in starts if start <= position]
@@ -254,45 +262,63 @@ class LogReader:
             return
         rest = [wanted[-1], *(start for start in starts if start > position)]
         for index, start in enumerate(rest):
-            following = rest[index + 1] if index + 1 < len(rest) else None
             if index and start != position:
-                # Only what comes behind tells that something is missing: see the check below.
-                raise LogDamageError(self._path(start), position, "records are missing before this segment")
-            position = yield from self._segment_records(start, position, following)
+                # The one before it has records beyond where this one begins.
+                raise LogDamageError(self._path(start), position, "this segment does not follow the one before it")
+            position = yield from self._segment_records(start, position, rest[index + 1 :])
+            if self.torn_at is not None:
+                return
 
-    def _segment_records(self, start: int, position: int, following: int | None) -> Generator[Record, None, int]:
-        path = self._path(start)
-        descriptor = self._files.open(path)
-        try:
-
-            def read(length: int, at: int) -> bytes:
-                return self._files.read(descriptor, length, at - start)
-
-            while position != following:
+    def _segment_records(self, start: int, position: int, later: Sequence[int]) -> Generator[Record, None, int]:
+        with self._reading(start) as (read, _):
+            while not later or position != later[0]:
                 record = read_record(read, position)
                 if record is None:
-                    self._check_end(path, read, position, following, self._files.size(descriptor) + start)
+                    is_begun = any(read(FIXED_BYTES, position))
                     break
                 yield record
                 position = record.end
-        finally:
-            self._files.close(descriptor)
+            else:
+                return position
+        self._check_end(start, position, later, is_begun=is_begun)
         return position
 
-    def _check_end(
-        self, path: Path, read: Callable[[int, int], bytes], position: int, following: int | None, end: int
-    ) -> None:
-        """No whole record stands at a position: that is all right only where nothing good stands behind it."""
-        behind = following if following is not None and following > position else None
-        if behind is None:
-            behind = _next_record(read, position + ALIGNMENT, end)
-        if behind is not None:
-            raise LogDamageError(path, position, f"the record is damaged, and a good one stands at {behind}")
-        if any(read(FIXED_BYTES, position)):
+    def _check_end(self, start: int, position: int, later: Sequence[int], *, is_begun: bool) -> None:
+        """No whole record stands at a position: that is all right where none behind it tells that there was one."""
+        for record in self._whole_ones(start, position + ALIGNMENT, later):
+            is_begun = True
+            if record.synced > position:
+                raise LogDamageError(
+                    self._path(start),
+                    position,
+                    f"the record is damaged; it was whole when that at {record.position} was written",
+                )
+        if is_begun or later:
             self.torn_at = position
 
+    def _whole_ones(self, start: int, position: int, later: Sequence[int]) -> Iterator[Record]:
+        """The whole records of a segment from a position on, and of those behind it, whatever stands between them."""
+        for segment in (start, *later):
+            with self._reading(segment) as (read, end):
+                at = max(position, segment)
+                while (record := _next_record(read, at, end)) is not None:
+                    yield record
+                    at = record.end
+
+    @contextmanager
+    def _reading(self, start: int) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
+        """What reads a segment by position, and where its file ends."""
+        descriptor = self._files.open(self._path(start))
+        try:
+            yield (
+                lambda length, at: self._files.read(descriptor, length, at - start),
+                self._files.size(descriptor) + start,
+            )
+        finally:
+            self._files.close(descriptor)
+
     def cut(self, position: int) -> None:
-        """Takes away what stands at or behind a position: of a last record that is not whole, or of lost ones."""
+        """Takes away what stands at or behind a position: what is not whole, or lost."""
         for start in segment_starts(self._files, self._folder):
             path = self._path(start)
             if start >= position:
@@ -307,18 +333,29 @@ class LogReader:
                 self._files.close(descriptor)
         self._files.sync_folder(self._folder)
 
+    def sync(self) -> None:
+        """Brings it all to the disk: whoever wrote it may have died before that. Blocks."""
+        for start in segment_starts(self._files, self._folder):
+            descriptor = self._files.open(self._path(start))
+            try:
+                self._files.sync(descriptor)
+            finally:
+                self._files.close(descriptor)
+        self._files.sync_folder(self._folder)
+
     def _path(self, start: int) -> Path:
         return self._folder / f"{start:020d}{_SUFFIX}"
 
 
-def _next_record(read: Callable[[int, int], bytes], position: int, end: int) -> int | None:
-    """The first position from `position` on at which a whole record stands; None where there is none."""
+def _next_record(read: Callable[[int, int], bytes], position: int, end: int) -> Record | None:
+    """The first whole record from `position` on; None where there is none."""
     while position < end:
         piece = read(_SEARCH_BYTES, position)
         at = piece.find(MAGIC)
         while at >= 0:
-            if (position + at) % ALIGNMENT == 0 and read_record(read, position + at) is not None:
-                return position + at
+            record = read_record(read, position + at) if (position + at) % ALIGNMENT == 0 else None
+            if record is not None:
+                return record
             at = piece.find(MAGIC, at + 1)
         if len(piece) < _SEARCH_BYTES:
             return None

@@ -53,7 +53,7 @@ class Found:
     survey: Survey = field(default_factory=Survey)
     """What the journal holds from where the snapshot needs it on."""
     torn_at: int | None = None
-    """Where a last record was cut that was not whole."""
+    """Where the journal was cut since what stood there had never been on the disk as a whole."""
     lost_from: int | None = None
     """Where the journal was cut since it is damaged, with what stood behind it."""
     end: int = 0
@@ -80,7 +80,7 @@ MakeJob = Callable[[journal_pb2.KeptJob], Job]
 def recover(
     folder: Path, files: Files, make_job: MakeJob, *, accept_loss: bool, taken_back: Collection[int] = ()
 ) -> Found:
-    """Brings a job back. Nothing in its folder is changed, but that a last record that is not whole is cut.
+    """Brings a job back. Nothing in its folder is changed.
 
     Args:
         folder: The job's.

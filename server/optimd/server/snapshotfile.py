@@ -14,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from zlib import crc32
 
 import torch
 
 from optimd.server.errors import DataDirError
 from optimd.server.files import Files, Part
-from optimd.server.records import frame, read_record
+from optimd.server.records import checksum_of, frame, read_record
 from optimd.v1 import snapshot_pb2
 from optimd.wire.buffers import Buffer, BufferValues, decode_buffer
 from optimd.wire.kinds import decode_kind
@@ -143,7 +142,7 @@ class SnapshotWriter:
         checksum = 0
         for kind, present, elements in copies:
             left = bytes_of(elements)
-            checksum = crc32(left, checksum)
+            checksum = checksum_of([left], checksum)
             for offset, length in self._layout.runs(kind, bucket, present):
                 self._files.write(self._descriptor, [left[:length]], offset)
                 left = left[length:]
@@ -154,8 +153,7 @@ class SnapshotWriter:
         checksum = 0
         base = len(self._layout.head) + self._layout.buffers_at
         for offset, parts in values.chunks(_BUFFER_CHUNK_BYTES):
-            for part in parts:
-                checksum = crc32(part, checksum)
+            checksum = checksum_of(parts, checksum)
             self._files.write(self._descriptor, parts, base + offset)
         return checksum
 
@@ -210,7 +208,7 @@ class SnapshotReader:
             SnapshotDamageError: a bucket is not what was written.
         """
         path = self.folder / DATA_NAME
-        descriptor = self._files.open(path)
+        descriptor = self._open(path)
         try:
             if self._files.size(descriptor) != self._layout.nbytes:
                 raise SnapshotDamageError(f"{path} is not as long as it was written")
@@ -226,7 +224,7 @@ class SnapshotReader:
                         for offset, length in self._layout.runs(kind, bucket, present)
                     ]
                     data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                    checksum = crc32(data, checksum)
+                    checksum = checksum_of([data], checksum)
                     copies.append((kind, present, data))
                 if checksum != kept.checksum:
                     raise SnapshotDamageError(f"{path}: bucket {bucket.bucket_id} is damaged")
@@ -251,14 +249,14 @@ class SnapshotReader:
             return None
         values = BufferValues(self.buffers)
         path = self.folder / DATA_NAME
-        descriptor = self._files.open(path)
+        descriptor = self._open(path)
         try:
             base = len(self._layout.head) + self._layout.buffers_at
             checksum = 0
             for offset in range(0, values.nbytes, _BUFFER_CHUNK_BYTES):
                 length = min(_BUFFER_CHUNK_BYTES, values.nbytes - offset)
                 data = self._files.read(descriptor, length, base + offset)
-                checksum = crc32(data, checksum)
+                checksum = checksum_of([data], checksum)
                 if len(data) == length:
                     values.write(offset, memoryview(data))
         except ValueError as error:
@@ -277,19 +275,38 @@ class SnapshotReader:
         """
         for _ in self.contents():
             pass
+        self._check_zeros()
         self.buffer_values()
 
-    def _read_manifest(self, path: Path) -> snapshot_pb2.SnapshotManifest:
-        if MANIFEST_NAME not in self._files.names(path.parent):
-            raise SnapshotDamageError(f"{path} is missing")
-        descriptor = self._files.open(path)
+    def _check_zeros(self) -> None:
+        """Where a parameter does not have a kind, others than this reader see zeros."""
+        path = self.folder / DATA_NAME
+        descriptor = self._open(path)
         try:
-            record = read_record(lambda length, at: self._files.read(descriptor, length, at), 0)
+            for bucket, kept in zip(self.buckets, self.manifest.contents, strict=True):
+                for kind, bitmap in zip(self.kinds, kept.present, strict=True):
+                    absent = [not here for here in decode_present(bitmap, len(bucket.slices))]
+                    for offset, length in self._layout.runs(kind, bucket, absent):
+                        if self._files.read(descriptor, length, offset).count(0) != length:
+                            raise SnapshotDamageError(f"{path}: bucket {bucket.bucket_id} is damaged")
         finally:
             self._files.close(descriptor)
-        if record is None:
+
+    def _read_manifest(self, path: Path) -> snapshot_pb2.SnapshotManifest:
+        descriptor = self._open(path)
+        try:
+            content = self._files.read(descriptor, self._files.size(descriptor), 0)
+        finally:
+            self._files.close(descriptor)
+        record = read_record(lambda length, at: content[at : at + length], 0)
+        if record is None or content != b"".join(frame(0, record.message, ())):
             raise SnapshotDamageError(f"{path} is damaged")
         return snapshot_pb2.SnapshotManifest.FromString(record.message)
+
+    def _open(self, path: Path) -> int:
+        if path.name not in self._files.names(path.parent):
+            raise SnapshotDamageError(f"{path} is missing")
+        return self._files.open(path)
 
 
 def encode_present(present: Sequence[bool]) -> bytes:

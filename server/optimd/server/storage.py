@@ -168,8 +168,11 @@ class Storage:
         kept.job = job
         self._files.remove(found.folder / SNAPSHOTS / MAKING)
         self._files.make_folder(found.folder / JOURNAL)
+        journal = LogReader(self._files, found.folder / JOURNAL)
         if found.torn_at is not None or found.lost_from is not None:
-            LogReader(self._files, found.folder / JOURNAL).cut(found.end)
+            journal.cut(found.end)
+        if self._settings.fsync != "never":
+            journal.sync()
         with job.parts.changed:
             is_logged = self._settings.durability == "log"
             job.journal.attach(self._log_at(kept, found.end) if is_logged else None, found.end)
@@ -418,7 +421,7 @@ def _tell(found: Found, job: Job) -> None:
     if found.unfinished_snapshot:
         _log.info("job %s: a snapshot was being written: removed", job.name)
     if found.torn_at is not None:
-        _log.warning("job %s: a last record that is not whole was cut, at position %d", job.name, found.torn_at)
+        _log.warning("job %s: what had not reached the disk was cut, at position %d", job.name, found.torn_at)
     for applied, count in found.open_buckets.values():
         _log.info("job %s: a step is open still, %d of %d buckets applied", job.name, applied, count)
     for number in found.taken_back:
