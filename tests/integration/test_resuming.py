@@ -330,7 +330,7 @@ def test_a_push_is_resumed_though_its_step_was_given_up_meanwhile(
     server: Server, relay: Relay, faults: PushFaults, pushed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it was there when the worker was told, and nothing is when it goes on: it is asked for all of it."""
-    asked = {"aggregation": Sync(on_loss="wait", timeout_s=1.0)}
+    asked = {"aggregation": Sync(on_loss="wait", timeout_s=3.0)}
     p, q = nn.Parameter(torch.zeros(SIZE)), nn.Parameter(torch.zeros(SIZE))
     far = Adam([p], lr=0.1, fused=True, server=relay.address, job="two", options=options(0, 2, **asked))
     near = Adam([q], lr=0.1, fused=True, server=server.address, job="two", options=options(1, 2, **asked))
@@ -654,7 +654,7 @@ def test_a_server_that_is_started_again_at_its_address_is_found_and_training_goe
     runner = threading.Thread(target=step)
     runner.start()
     # It tries while nobody listens, as where a server reads its journal first.
-    assert not found.wait(1.0)
+    assert not found.wait(0.5)
     with running_server(address=first.address) as second:
         job.pushing._draining = False
         second.registry._jobs[job.name] = job
