@@ -61,6 +61,12 @@ class Relay:
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
 
+    def lead_to(self, server: str) -> None:
+        """From now on the line leads to another server, and all connections to the one before are broken."""
+        host, _, port = server.rpartition(":")
+        self._server = (host, int(port))
+        self.cut()
+
     def _accept(self) -> None:
         while True:
             try:

@@ -523,3 +523,18 @@ def test_leases_end_exactly_when_nothing_was_heard_for_as_long(
         other.worker for other in simulation.processes if other.is_in and simulation.now >= other.heard_s + LEASE_S
     }
     assert simulation.membership.lapsed(simulation.now) == sorted(lapsed)
+
+
+def test_a_process_whose_coming_was_not_on_disk_is_let_back_into_a_restored_job() -> None:
+    """Even over its predecessor's place, which nobody has come back to; but not over one that somebody has."""
+    membership = Membership(10.0)
+    membership.enter(A, 1, now=0.0)
+    membership.disconnect(A)
+    assert membership.claim(A, 2, now=1.0, since=1.0, returns=True).verdict is Verdict.SUPERSEDED
+    membership.restored()
+    assert membership.has_forgotten(A.worker_id, 2)
+    assert not membership.has_forgotten(A.worker_id, 1)
+    assert membership.claim(A, 2, now=1.0, since=1.0, returns=True) == Claim(Verdict.ENTER, (A,))
+    assert membership.claim(B, 3, now=1.0, since=1.0, returns=True) == Claim(Verdict.ENTER)
+    membership.resume(A, now=2.0)
+    assert membership.claim(A, 2, now=2.0, since=2.0, returns=True).verdict is Verdict.SUPERSEDED

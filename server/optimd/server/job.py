@@ -176,16 +176,21 @@ class Job:
         with self._changed:
             return self._company.record(worker_id)
 
-    def is_behind(self, worker_id: str, *, step: int, next_sequence: int) -> bool:
+    def is_behind(self, worker_id: str, incarnation: int, *, step: int, next_sequence: int) -> bool:
         """Whether the job is not as far as a worker has been told: its server came back with less than it had.
 
         Args:
             worker_id: The worker's.
+            incarnation: Which process it is.
             step: The job step that it was told last.
             next_sequence: The number of its next push, as it was told.
         """
         with self._changed:
-            return self.step < step or self._company.record(worker_id).next_sequence < next_sequence
+            return (
+                self.step < step
+                or self._company.record(worker_id).next_sequence < next_sequence
+                or self._company.membership.has_forgotten(worker_id, incarnation)
+            )
 
     def await_ready(self, member: Member) -> None:
         """Waits until the job's creator has uploaded its values.

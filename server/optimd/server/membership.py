@@ -74,6 +74,10 @@ class Membership:
         self._while_broken = while_broken
         self._places: dict[Worker, Place] = {}
         self._last_incarnation: dict[str, int] = {}
+        self.is_restored = False
+        """Whether it was made again from what was on disk, which may not tell of all that had come."""
+        # The ids of which a process has come since.
+        self._came: set[str] = set()
 
     def claim(self, worker: Worker, incarnation: int, *, now: float, since: float, returns: bool) -> Claim:
         """What becomes of a process that wants to be in the job as `worker`.
@@ -86,10 +90,8 @@ class Membership:
             returns: Whether it says that it has been in the job before.
         """
         last = self._last_incarnation.get(worker.worker_id)
-        if returns and last is None:
-            return Claim(Verdict.UNKNOWN)
-        if returns and last != incarnation:
-            return Claim(Verdict.SUPERSEDED)
+        if returns and last != incarnation and not self.has_forgotten(worker.worker_id, incarnation):
+            return Claim(Verdict.UNKNOWN if last is None else Verdict.SUPERSEDED)
         rivals = {
             other: place
             for other, place in self._places.items()
@@ -115,8 +117,19 @@ class Membership:
     def enter(self, worker: Worker, incarnation: int, *, now: float) -> Place:
         """A process is in the job from now on. Nobody is in its place."""
         self._last_incarnation[worker.worker_id] = incarnation
+        self._came.add(worker.worker_id)
         self._places[worker] = Place(incarnation, now)
         return self._places[worker]
+
+    def restored(self) -> None:
+        """All that was on disk is here."""
+        self.is_restored = True
+        self._came.clear()
+
+    def has_forgotten(self, worker_id: str, incarnation: int) -> bool:
+        """Whether a process may have been in the job though nothing is known of it: its coming was not on disk yet."""
+        known = self._last_incarnation.get(worker_id) == incarnation
+        return self.is_restored and not known and worker_id not in self._came
 
     @property
     def incarnations(self) -> dict[str, int]:
@@ -129,6 +142,7 @@ class Membership:
 
     def resume(self, worker: Worker, *, now: float) -> Place:
         """A process that is in the job has a line again."""
+        self._came.add(worker.worker_id)
         place = self._places[worker]
         place.connected, place.heard_s, place.sending_since_s = True, now, None
         return place

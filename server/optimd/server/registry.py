@@ -108,7 +108,10 @@ class JobRegistry:
                 job.await_ready(member)
                 # Before it waits for anything: others may take the job past this worker's point again, by another way.
                 member.rewound = opening.returns_at_step is not None and job.is_behind(
-                    opening.worker_id, step=opening.returns_at_step, next_sequence=opening.returns_with_sequence
+                    opening.worker_id,
+                    opening.incarnation,
+                    step=opening.returns_at_step,
+                    next_sequence=opening.returns_with_sequence,
                 )
                 # Said at once, not when the open step is over; and again when nothing can change any more.
                 _check_match(job, opening, layout)

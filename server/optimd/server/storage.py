@@ -178,6 +178,7 @@ class Storage:
             job.journal.attach(self._log_at(kept, found.end) if is_logged else None, found.end)
             self._watch_over(kept, job.journal)
             _take_steps_back(job)
+            job.parts.company.membership.restored()
             for number in found.taken_back:
                 job.journal.round_taken_back(number)
         kept.taken_step, kept.taken_position = found.snapshot_step, found.snapshot_position
