@@ -135,19 +135,42 @@ class JobLine:
         parameters: Sequence[Parameter],
         beginnings: Beginnings | None = None,
     ) -> list[dict[str, Any]] | None:
-        """Opens the job, as `Session.open` says. Where it is created, it has what else it is to begin with."""
-        self._stream = self.connection.open_stream()
+        """Opens the job, as `Session.open` says. Where it is created, it has what else it is to begin with.
+
+        Begins anew where the line breaks: nothing is there yet that the server would know this process by.
+        """
         messages = group_messages(self.request.rule, 0, groups)
-        with self.failing_for_good():
-            self._stream.send(
-                itertools.chain(
-                    opening_messages(self.request, self._incarnation), layout_messages(messages, parameters)
-                )
-            )
-            adopted = self._exchange_values(messages, tensors, parameters, beginnings=beginnings)
+        while True:
+            self._stream = self.connection.open_stream()
+            try:
+                with self.failing_for_good():
+                    self._stream.send(
+                        itertools.chain(
+                            opening_messages(self.request, self._incarnation), layout_messages(messages, parameters)
+                        )
+                    )
+                    adopted = self._exchange_values(messages, tensors, parameters, beginnings=beginnings)
+                break
+            except ConnectionLostError as error:
+                self._await_another_try(error)
+        self._retry.answered()
         self._is_cared_for = True
         caretaker.add(self)
         return adopted
+
+    def _await_another_try(self, cause: ConnectionLostError) -> None:
+        """The line broke while the job was being opened: waits until a server answers again.
+
+        Raises:
+            ConnectionLostError: none did in time; or it would find the job that it has created itself, and refuse it.
+        """
+        pause_s = self._retry.next_pause(time.monotonic()) if self.retry_timeout_s else None
+        if pause_s is None or self.request.on_existing == job_pb2.ON_EXISTING_FAIL:
+            raise cause
+        _log.warning("%s; opening job %s anew", cause, self.request.job)
+        self._lost = None
+        time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads workers out
+        self.connection.probe(max(0.1, self._retry.left(time.monotonic())))
 
     def grow(
         self,
