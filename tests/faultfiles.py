@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from optimd.server.files import Files
-
-T = TypeVar("T")
 
 Operation = Literal["open", "write_some", "truncate", "sync", "sync_folder", "make_folder", "rename", "remove"]
 OPERATIONS: Final[tuple[Operation, ...]] = (
@@ -52,12 +50,9 @@ class WatchedFiles(Files):
             yield
 
     def open(self, path: Path) -> int:
-        def work() -> int:
-            descriptor = super(WatchedFiles, self).open(path)
-            self._paths[descriptor] = path
-            return descriptor
-
-        return self._call("open", path, work)
+        descriptor = self._call("open", path, path)
+        assert isinstance(descriptor, int)
+        return descriptor
 
     def close(self, descriptor: int) -> None:
         with self._alone:
@@ -65,37 +60,42 @@ class WatchedFiles(Files):
             super().close(descriptor)
 
     def write_some(self, descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
-        work = super().write_some
-        return self._call("write_some", self._paths[descriptor], lambda: work(descriptor, parts, offset))
+        written = self._call("write_some", self._paths[descriptor], descriptor, parts, offset)
+        assert isinstance(written, int)
+        return written
 
     def truncate(self, descriptor: int, length: int) -> None:
-        work = super().truncate
-        self._call("truncate", self._paths[descriptor], lambda: work(descriptor, length))
+        self._call("truncate", self._paths[descriptor], descriptor, length)
 
     def sync(self, descriptor: int) -> None:
-        self._call("sync", self._paths[descriptor], lambda: None)
+        self._call("sync", self._paths[descriptor], descriptor)
 
     def sync_folder(self, folder: Path) -> None:
-        self._call("sync_folder", folder, lambda: None)
+        self._call("sync_folder", folder, folder)
 
     def make_folder(self, folder: Path) -> None:
-        work = super().make_folder
-        self._call("make_folder", folder, lambda: work(folder))
+        self._call("make_folder", folder, folder)
 
     def rename(self, path: Path, target: Path) -> None:
-        work = super().rename
-        self._call("rename", target, lambda: work(path, target))
+        self._call("rename", target, path, target)
 
     def remove(self, path: Path) -> None:
-        work = super().remove
-        self._call("remove", path, lambda: work(path))
+        self._call("remove", path, path)
 
-    def _call(self, operation: Operation, path: Path, work: Callable[[], T]) -> T:
+    def _call(self, operation: Operation, path: Path, *arguments: Any) -> object:
         with self._alone:
-            result = work()
+            result = self._do(operation, *arguments)
             self.calls[operation] += 1
             self.observe(operation, path)
             return result
+
+    def _do(self, operation: Operation, *arguments: Any) -> object:
+        if operation in ("sync", "sync_folder"):
+            return None
+        result = getattr(super(), operation)(*arguments)
+        if operation == "open":
+            self._paths[result] = arguments[0]
+        return result
 
 
 @dataclass(eq=False)
@@ -106,7 +106,7 @@ class Fault:
     number: int
     code: int
     written: float
-    lasts: bool
+    times: float
     below: str
     seen: int = 0
     """How many calls there have been that it might have hit."""
@@ -117,15 +117,29 @@ class Fault:
 
     def stop(self) -> None:
         """Hits no more."""
-        self.lasts = False
-        self.number = -1
+        self.times = 0
+
+    def hits(self, operation: Operation, path: Path) -> bool:
+        """Whether it hits a call."""
+        if self.operation != operation or self.below not in str(path):
+            return False
+        self.seen += 1
+        if not self.number <= self.seen < self.number + self.times:
+            return False
+        self.fired += 1
+        self.fires.set()
+        return True
 
 
 class FailingFiles(WatchedFiles):
-    """Files whose calls fail as they are told to. Thread-safe."""
+    """Files whose calls fail as they are told to. Thread-safe.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        observe: As in `WatchedFiles`.
+    """
+
+    def __init__(self, observe: Callable[[Operation, Path], object] = lambda *_: None) -> None:
+        super().__init__(observe)
         self._faults: list[Fault] = []
 
     def fail(
@@ -135,7 +149,7 @@ class FailingFiles(WatchedFiles):
         *,
         code: int = errno.EIO,
         written: float = 0.0,
-        lasts: bool = False,
+        times: float = 1,
         below: str = "",
     ) -> Fault:
         """Has a call fail.
@@ -145,44 +159,30 @@ class FailingFiles(WatchedFiles):
             number: Which of those that are made from now on, from 1.
             code: With what error. 0: without one, where a write takes less than it was given.
             written: Of a write: what part of its bytes is written all the same.
-            lasts: Whether all the following ones fail as well, until `stop`.
+            times: How many fail, that one and those behind it. Infinite: until `Fault.stop`.
             below: Hits only paths with this in them.
         """
-        fault = Fault(operation, number, code, written, lasts, below)
+        fault = Fault(operation, number, code, written, times, below)
         with self._alone:
             self._faults.append(fault)
         return fault
 
-    def write_some(self, descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
+    def _call(self, operation: Operation, path: Path, *arguments: Any) -> object:
         with self._alone:
-            fault = self._due("write_some", self._paths[descriptor])
-            if fault is None:
-                return super().write_some(descriptor, parts, offset)
+            hit = [fault for fault in self._faults if fault.hits(operation, path)]
+            return self._fail(hit[0], *arguments) if hit else super()._call(operation, path, *arguments)
+
+    def _fail(self, fault: Fault, *arguments: Any) -> object:
+        written = 0
+        if fault.operation == "write_some":
+            descriptor, parts, offset = arguments
             data = b"".join(parts)
-            part = data[: max(int(fault.written * len(data)), 0 if fault.code else 1)]
-            if part:
-                super().write_some(descriptor, [memoryview(part)], offset)
-            if fault.code:
-                raise OSError(fault.code, os.strerror(fault.code))
-            return len(part)
-
-    def _call(self, operation: Operation, path: Path, work: Callable[[], T]) -> T:
-        with self._alone:
-            fault = self._due(operation, path) if operation != "write_some" else None
-            if fault is not None:
-                raise OSError(fault.code, os.strerror(fault.code))
-            return super()._call(operation, path, work)
-
-    def _due(self, operation: Operation, path: Path) -> Fault | None:
-        hit = None
-        for fault in self._faults:
-            if fault.operation == operation and fault.below in str(path):
-                fault.seen += 1
-                if fault.seen == fault.number or (fault.lasts and fault.seen > fault.number):
-                    fault.fired += 1
-                    fault.fires.set()
-                    hit = fault
-        return hit
+            written = max(int(fault.written * len(data)), 0 if fault.code else 1)
+            if written:
+                self._do("write_some", descriptor, [memoryview(data[:written])], offset)
+        if fault.code:
+            raise OSError(fault.code, os.strerror(fault.code))
+        return written
 
 
 # --- power loss
@@ -211,21 +211,16 @@ def some(dice: random.Random) -> Keeps:
 
 @dataclass(eq=False)
 class _File:
-    synced: bytes = b""
-    now: bytearray = field(default_factory=bytearray)
+    synced: bytearray = field(default_factory=bytearray)
     since: list[tuple[int, bytes] | int] = field(default_factory=list)
     """What it was written to, or cut off at, since it was synced."""
 
-    def write(self, offset: int, data: bytes) -> None:
-        self.since.append((offset, data))
-        _write(self.now, offset, data)
-
-    def truncate(self, length: int) -> None:
-        self.since.append(length)
-        _cut(self.now, length)
+    def change(self, change: tuple[int, bytes] | int) -> None:
+        self.since.append(change)
 
     def sync(self) -> None:
-        self.synced = bytes(self.now)
+        for change in self.since:
+            _change(self.synced, change)
         self.since.clear()
 
     def left(self, keeps: Keeps) -> bytes:
@@ -234,10 +229,7 @@ class _File:
         blocks: dict[int, list[bytes]] = {}
         for change in self.since:
             before = bytes(content)
-            if isinstance(change, int):
-                _cut(content, change)
-            else:
-                _write(content, *change)
+            _change(content, change)
             lengths.append(len(content))
             for number in range(-(-max(len(before), len(content)) // _BLOCK_BYTES)):
                 was, now = _block(before, number), _block(content, number)
@@ -249,6 +241,13 @@ class _File:
             _write(left, number * _BLOCK_BYTES, version)
         _cut(left, lengths[keeps(len(lengths) - 1)])
         return bytes(left)
+
+
+def _change(content: bytearray, change: tuple[int, bytes] | int) -> None:
+    if isinstance(change, int):
+        _cut(content, change)
+    else:
+        _write(content, *change)
 
 
 def _write(content: bytearray, offset: int, data: bytes) -> None:
@@ -301,20 +300,20 @@ def _name(names: dict[str, _Node], node: _Node, name: str | None) -> None:
         names[name] = node
 
 
-class VolatileFiles(WatchedFiles):
-    """Files of which a power loss takes what was not synced.
+class VolatileFiles(FailingFiles):
+    """Files of which a power loss takes what was not synced. What a sync that failed was to bring to the disk is lost.
 
     Everything is in real files below `root`; what has been synced of it is remembered. Renames stay in their folder.
 
     Args:
-        root: A folder that is there, and empty.
+        root: A folder that is there. What is in it is on the disk.
         observe: As in `WatchedFiles`.
     """
 
     def __init__(self, root: Path, observe: Callable[[Operation, Path], object] = lambda *_: None) -> None:
         super().__init__(observe)
         self._root = root
-        self._tree = _Folder()
+        self._tree = _found(root)
         self._files: dict[int, _File] = {}
 
     def crash(self, target: Path, keeps: Keeps = nothing) -> None:
@@ -330,66 +329,58 @@ class VolatileFiles(WatchedFiles):
             survivor._tree = copy.deepcopy(self._tree)
             return survivor
 
-    def open(self, path: Path) -> int:
-        with self._alone:
-            folder = self._folder(path.parent)
-            node = folder.now.get(path.name)
-            if node is None:
-                node = _File()
-                folder.name(node, path.name)
-            assert isinstance(node, _File)
-            descriptor = super().open(path)
-            self._files[descriptor] = node
-            return descriptor
+    def _do(self, operation: Operation, *arguments: Any) -> object:
+        result = super()._do(operation, *arguments)
+        first = arguments[0]
+        match operation:
+            case "open":
+                folder = self._folder(first.parent)
+                node = folder.now.get(first.name)
+                if node is None:
+                    node = _File()
+                    folder.name(node, first.name)
+                assert isinstance(node, _File)
+                assert isinstance(result, int)
+                self._files[result] = node
+            case "write_some":
+                data = b"".join(arguments[1])
+                assert result == len(data)
+                self._files[first].change((arguments[2], data))
+            case "truncate":
+                self._files[first].change(arguments[1])
+            case "sync":
+                self._files[first].sync()
+            case "sync_folder":
+                self._folder(first).sync()
+            case "make_folder":
+                self._make_folder(first)
+            case "rename":
+                target = arguments[1]
+                assert first.parent == target.parent
+                folder = self._folder(first.parent)
+                folder.name(folder.now[first.name], target.name)
+            case "remove":
+                folder = self._folder(first.parent)
+                if first.name in folder.now:
+                    node = folder.now[first.name]
+                    _empty(node)
+                    folder.name(node, None)
+        return result
 
-    def write_some(self, descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
-        with self._alone:
-            self._files[descriptor].write(offset, b"".join(parts))
-            written = super().write_some(descriptor, parts, offset)
-            assert written == sum(part.nbytes for part in parts)
-            return written
+    def _fail(self, fault: Fault, *arguments: Any) -> object:
+        if fault.operation == "sync":
+            # The system says so once, and takes the blocks for written.
+            self._files[arguments[0]].since.clear()
+        return super()._fail(fault, *arguments)
 
-    def truncate(self, descriptor: int, length: int) -> None:
-        with self._alone:
-            self._files[descriptor].truncate(length)
-            super().truncate(descriptor, length)
-
-    def sync(self, descriptor: int) -> None:
-        with self._alone:
-            self._files[descriptor].sync()
-            super().sync(descriptor)
-
-    def sync_folder(self, folder: Path) -> None:
-        with self._alone:
-            self._folder(folder).sync()
-            super().sync_folder(folder)
-
-    def make_folder(self, folder: Path) -> None:
-        with self._alone:
-            node = self._tree
-            for name in folder.relative_to(self._root).parts:
-                if name not in node.now:
-                    node.name(_Folder(), name)
-                child = node.now[name]
-                assert isinstance(child, _Folder)
-                node = child
-            super().make_folder(folder)
-
-    def rename(self, path: Path, target: Path) -> None:
-        with self._alone:
-            assert path.parent == target.parent
-            folder = self._folder(path.parent)
-            folder.name(folder.now[path.name], target.name)
-            super().rename(path, target)
-
-    def remove(self, path: Path) -> None:
-        with self._alone:
-            folder = self._folder(path.parent)
-            node = folder.now.get(path.name)
-            if node is not None:
-                _empty(node)
-                folder.name(node, None)
-            super().remove(path)
+    def _make_folder(self, path: Path) -> None:
+        folder = self._tree
+        for name in path.relative_to(self._root).parts:
+            if name not in folder.now:
+                folder.name(_Folder(), name)
+            child = folder.now[name]
+            assert isinstance(child, _Folder)
+            folder = child
 
     def _folder(self, path: Path) -> _Folder:
         node: _Node = self._tree
@@ -398,6 +389,14 @@ class VolatileFiles(WatchedFiles):
             node = node.now[name]
         assert isinstance(node, _Folder)
         return node
+
+
+def _found(path: Path) -> _Folder:
+    folder = _Folder()
+    for child in path.iterdir():
+        folder.name(_found(child) if child.is_dir() else _File(bytearray(child.read_bytes())), child.name)
+    folder.sync()
+    return folder
 
 
 def _empty(node: _Node) -> None:

@@ -72,6 +72,7 @@ class Mirror:
         options: ProxyOptions | None = None,
         **adam: Any,
     ) -> None:
+        self.job = job
         self.params = list(params) if params is not None else parameters()
         self.local = [nn.Parameter(param.detach().clone()) for param in self.params]
         adam = {"lr": 0.1, "fused": True, **adam}

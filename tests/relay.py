@@ -16,8 +16,7 @@ class Relay:
     """
 
     def __init__(self, server: str) -> None:
-        host, _, port = server.rpartition(":")
-        self._server = (host, int(port))
+        self._server: tuple[str, int] | None = _place(server)  # guarded by self._lock
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._lock = threading.Lock()
@@ -61,10 +60,10 @@ class Relay:
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
 
-    def lead_to(self, server: str) -> None:
-        """From now on the line leads to another server, and all connections to the one before are broken."""
-        host, _, port = server.rpartition(":")
-        self._server = (host, int(port))
+    def lead_to(self, server: str | None) -> None:
+        """Breaks all connections, and takes new ones to another server only; or to none, as if it were dead."""
+        with self._lock:
+            self._server = None if server is None else _place(server)
         self.cut()
 
     def _accept(self) -> None:
@@ -73,15 +72,22 @@ class Relay:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            try:
-                far = socket.create_connection(self._server)
-            except OSError:
+            # Under the lock: none that is on its way to a server outlives `lead_to`.
+            with self._lock:
+                far = self._connected_locked()
+                if far is not None:
+                    self._pairs.append((near, far))
+            if far is None:
                 near.close()
                 continue
-            with self._lock:
-                self._pairs.append((near, far))
             for source, sink, gate in ((near, far, self._up), (far, near, self._down)):
                 threading.Thread(target=self._pump, args=(source, sink, gate), daemon=True).start()
+
+    def _connected_locked(self) -> socket.socket | None:
+        try:
+            return None if self._server is None else socket.create_connection(self._server)
+        except OSError:
+            return None
 
     @staticmethod
     def _pump(source: socket.socket, sink: socket.socket, gate: threading.Event) -> None:
@@ -92,3 +98,8 @@ class Relay:
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def _place(server: str) -> tuple[str, int]:
+    host, _, port = server.rpartition(":")
+    return host, int(port)

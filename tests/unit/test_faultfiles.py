@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import random
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_a_removed_folder_may_be_there_in_part(disk: VolatileFiles, tmp_path: Pa
     assert contents(tmp_path / "after") == {}
 
 
+def test_what_a_failed_sync_was_to_bring_to_the_disk_never_gets_there(disk: VolatileFiles, tmp_path: Path) -> None:
+    """Though the next one succeeds: the system has said so once."""
+    root = tmp_path / "disk"
+    descriptor = make(disk, root / "file", b"synced")
+    fault = disk.fail("sync")
+    disk.write(descriptor, [b"lost"], 0)
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.sync(descriptor)
+    assert fault.fired == 1
+    disk.write(descriptor, [b"behind"], 6)
+    disk.sync(descriptor)
+    disk.crash(tmp_path / "left", nothing)
+    assert contents(tmp_path / "left") == {"file": b"syncedbehind"}
+    assert contents(root) == {"file": b"losted" + b"behind"}
+
+
 def test_the_call_that_is_to_fail_fails_and_no_other(tmp_path: Path) -> None:
     """Counted from when it was planned, below a path, once or until it is stopped."""
     files = FailingFiles()
@@ -103,7 +120,7 @@ def test_the_call_that_is_to_fail_fails_and_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"firstSEC"
     files.write(descriptor, [b"third"], 0)
     assert (once.seen, once.fired) == (3, 1)
-    lasting = files.fail("sync", lasts=True)
+    lasting = files.fail("sync", times=math.inf)
     for _ in range(3):
         with pytest.raises(OSError, match="Input/output error"):
             files.sync(descriptor)
