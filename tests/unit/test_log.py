@@ -443,12 +443,42 @@ def test_a_failed_sync_fails_all_that_follow_until_the_log_begins_anew(tmp_path:
     assert not log.is_sound
     with pytest.raises(LogSyncError):
         log.sync(log.append(b"and this"))
-    log.begin_anew()
-    assert log.is_sound
+    # All of it is kept elsewhere, but for what is in a segment of its own.
+    log.leave_segment()
     start = log.position
-    files.let_go.release(2)
+    log.append(b"kept")
+    files.let_go.release()
+    log.sync_behind(start)
+    assert (files.syncs, log.is_sound) == (3, False)
+    log.begin_anew(start)
+    assert log.is_sound
+    log.sync(log.position)
+    assert files.syncs == 3
+    files.let_go.release()
     log.sync(log.append(b"anew"))
-    assert start in segment_starts(Files(), tmp_path)
+    assert files.syncs == 4
+    assert segment_starts(Files(), tmp_path) == [0, start]
+    assert [record.message for record in read(tmp_path, start)[0]] == [b"kept", b"anew"]
+    log.close()
+
+
+def test_a_log_of_which_all_is_kept_elsewhere_begins_anew_with_the_next_record(tmp_path: Path) -> None:
+    """No file of those before is synced again, or open."""
+    before = open_files()
+    files = FailingFiles()
+    log = opened(tmp_path, files)
+    for number in range(20):
+        log.append(message(number))
+    files.fail("sync")
+    with pytest.raises(LogSyncError):
+        log.sync(log.position)
+    start = log.position
+    log.leave_segment()
+    log.sync_behind(start)
+    log.begin_anew(start)
+    assert (files.calls["sync"], open_files()) == (0, before)
+    log.sync(log.append(b"anew"))
+    assert (files.calls["sync"], open_files()) == (1, before + 1)
     assert [record.message for record in read(tmp_path, start)[0]] == [b"anew"]
     log.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -133,6 +133,9 @@ class JobJournal:
 
     def layout_brought(self, brought: Brought) -> None:
         """The job is about to have parameters, whose values are in `brought.store`."""
+        if brought.replaces:
+            # What is held is of the others, and goes with them.
+            self.held_from.clear()
         if not self.is_kept:
             return
         groups = enumerate(zip(brought.groups, brought.sizes, strict=True), brought.first_group)
@@ -411,26 +414,6 @@ class JobJournal:
             )
             self._append(journal_pb2.JournalRecord(gradients_held=held), [bytes_of(payload)])
 
-    def held_again(self, member: Member, sequence: int, buckets: Sequence[Bucket]) -> None:
-        """Writes down anew what is held for a worker's next push: the records before are of no use any more."""
-        if not member.held.micro and not member.held.nbytes:
-            return
-        self.held_from.pop(self.numbers[member.worker], None)
-        self.accumulation_ended(member.worker, 0, discards=True)
-        complete, begun = member.held.sums()
-        for part, micro in ((complete, max(member.held.micro - 1, 0)), (begun, member.held.micro)):
-            for bucket_id, present, gradient in part:
-                self.gradients_held(
-                    member.worker,
-                    sequence=sequence,
-                    micro=micro,
-                    bucket=buckets[bucket_id],
-                    present=present,
-                    payload=gradient.to(buckets[bucket_id].dtype).cpu(),
-                )
-            if part is complete:
-                self.accumulation_ended(member.worker, member.held.micro)
-
     def accumulation_ended(self, worker: Worker, micro: int, *, discards: bool = False) -> None:
         """A worker's accumulation is complete, or what is held is discarded; `micro` is the next one's number."""
         if self.is_kept:
@@ -470,10 +453,52 @@ class JobJournal:
         if log is not None:
             log.sync(log.position)
 
-    def begin_anew(self) -> None:
-        """A snapshot has all that was written so far: goes on in a new segment."""
+    @property
+    def is_sound(self) -> bool:
+        """Whether a sync may be believed: no one has failed."""
+        return self._log is None or self._log.is_sound
+
+    def write_again(
+        self, members: Iterable[tuple[Member, int]], deferred: Iterable[tuple[int, int, torch.Tensor]], store: Store
+    ) -> int:
+        """Writes down anew, in segments of its own, what no snapshot has: the records before are of no use any more.
+
+        Args:
+            members: Workers, with the sequence numbers of their next pushes. What others have held is lost to a server
+                that dies.
+            deferred: Of buckets that are complete, and wait for the others of their parameters: the round, the bucket's
+                id, and its gradient.
+            store: The job's tensors.
+
+        Returns:
+            Where it begins.
+        """
+        start = self.position
+        if self._log is None:
+            return start
+        self._log.leave_segment()
+        gradients = {(number, bucket_id): gradient for number, bucket_id, gradient in deferred}
+        for number, round_ in self.rounds.items():
+            round_.position = self.position
+            self._append(journal_pb2.JournalRecord(round_settled=round_.settled))
+            for applied in round_.applied:
+                gradient = gradients.get((number, applied.bucket_id))
+                if gradient is not None:
+                    self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient.cpu())])
+        self.held_from.clear()
+        for member, sequence in members:
+            self._write_held_again(member, sequence, store.buckets)
+        return start
+
+    def sync_behind(self, position: int) -> None:
+        """Brings what `write_again` has written from a position on to the disk. Blocks. May raise OSError."""
         if self._log is not None:
-            self._log.begin_anew()
+            self._log.sync_behind(position)
+
+    def begin_anew(self, position: int) -> None:
+        """A snapshot has all that was written before a position, and what stands behind that is synced."""
+        if self._log is not None:
+            self._log.begin_anew(position)
 
     def drop_before(self, position: int) -> None:
         """Nobody needs records before a position any more. May raise OSError."""
@@ -507,6 +532,25 @@ class JobJournal:
 
     # --- inside
 
+    def _write_held_again(self, member: Member, sequence: int, buckets: Sequence[Bucket]) -> None:
+        if not member.held.micro and not member.held.nbytes:
+            return
+        self.accumulation_ended(member.worker, 0, discards=True)
+        complete, begun = member.held.sums()
+        for part, micro in ((complete, max(member.held.micro - 1, 0)), (begun, member.held.micro)):
+            for bucket_id, present, gradient in part:
+                # In the dtype that sums are held in: see `Replay`.
+                self.gradients_held(
+                    member.worker,
+                    sequence=sequence,
+                    micro=micro,
+                    bucket=buckets[bucket_id],
+                    present=present,
+                    payload=gradient.cpu(),
+                )
+            if part is complete:
+                self.accumulation_ended(member.worker, member.held.micro)
+
     def _contributions(self, workers: Sequence[Worker]) -> list[journal_pb2.Contribution]:
         contributions = []
         for worker in workers:
@@ -531,6 +575,9 @@ class JobJournal:
             return
         message = record.SerializeToString()
         while True:
+            if self.has_failed:
+                # One is missing: what stands behind it would make no sense.
+                raise StorageFailedError(f"job {self._job!r}: the server's journal could not be written")
             try:
                 log.append(message, parts)
             except OSError as error:
@@ -551,7 +598,7 @@ class JobJournal:
             )
 
     def _pause(self, error: OSError) -> None:
-        if self.has_failed or self._given_up.wait(_RETRY_S) or self._stopping.is_set():
+        if self._given_up.wait(_RETRY_S) or self._stopping.is_set():
             self.has_failed = True
             raise StorageFailedError(
                 f"job {self._job!r}: the server's journal cannot be written: {error.strerror or error}"

@@ -47,7 +47,7 @@ class LogDamageError(Exception):
         self.position = position
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Segment:
     """A segment that is being written to, or has been and is not synced yet."""
 
@@ -162,7 +162,7 @@ class Log:
                 if self._synced >= position:
                     return
                 if self._failed is not None:
-                    raise LogSyncError(str(self._failed)) from self._failed
+                    raise LogSyncError(*self._failed.args) from self._failed
                 # In this order: what is appended meanwhile may be synced too, and is not counted.
                 target, segments = self.position, list(self._unsynced)
                 complete = [segment for segment in segments if segment is not self._segment]
@@ -172,7 +172,7 @@ class Log:
             except OSError as error:
                 with self._lock:
                     self._failed = error
-                raise LogSyncError(str(error)) from error
+                raise LogSyncError(*error.args) from error
             with self._lock:
                 self._synced = target
                 for segment in complete:
@@ -185,15 +185,31 @@ class Log:
         with self._lock:
             return self._failed is None
 
-    def begin_anew(self) -> None:
-        """All records so far are kept elsewhere: goes on in a new segment, of which a sync may be believed again.
+    def leave_segment(self) -> None:
+        """What is appended from now on stands in a segment of its own. Called by the thread that appends."""
+        with self._lock:
+            self._segment = None
 
-        No thread may append meanwhile.
+    def sync_behind(self, position: int) -> None:
+        """Brings the segments that begin at or behind a position to the disk, whatever has become of others. Blocks."""
+        with self._syncing:
+            for segment in self._behind(position):
+                self._files.sync(segment.descriptor)
+
+    def begin_anew(self, position: int) -> None:
+        """All records before a position are kept elsewhere, those behind it stand in segments that were synced.
+
+        From here on a sync may be believed again. No thread may append meanwhile.
         """
+        behind = self._behind(position)
         with self._syncing, self._lock:
-            self._close_locked()
+            self._close_locked(but=behind)
             self._failed = None
             self._synced = self.position
+
+    def _behind(self, position: int) -> list[_Segment]:
+        with self._lock:
+            return [segment for segment in self._unsynced if segment.start >= position]
 
     # --- housekeeping
 
@@ -219,12 +235,14 @@ class Log:
         with self._syncing, self._lock:
             self._close_locked()
 
-    def _close_locked(self) -> None:
+    def _close_locked(self, *, but: Sequence[_Segment] = ()) -> None:
         # The one that is written to is among them.
         for segment in self._unsynced:
-            self._files.close(segment.descriptor)
-        self._unsynced.clear()
-        self._segment = None
+            if segment not in but:
+                self._files.close(segment.descriptor)
+        self._unsynced = list(but)
+        if self._segment not in but:
+            self._segment = None
 
 
 def segment_starts(files: Files, folder: Path) -> list[int]:

@@ -38,6 +38,11 @@ class HeldGradients:
         """What the sums take."""
         return sum(held.nbytes for held in self._sums.values())
 
+    @property
+    def has_given(self) -> bool:
+        """Whether a push is under way whose own gradients have been added to some of the sums."""
+        return bool(self._given)
+
     def has_added(self, bucket_id: int) -> bool:
         """Whether the gradients of a bucket are there already in the accumulation that is under way."""
         return bucket_id in self._added

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -291,6 +291,11 @@ class Pushing:
             deferred: As in `Stepper.restore`.
         """
         self._stepper_locked(owner).restore(round_, deferred)
+
+    def deferred_locked(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """As `Stepper.deferred`, of all steps that are open."""
+        for stepper in self._steppers.values():
+            yield from stepper.deferred()
 
     def renew_locked(self) -> None:
         """The parameters have been replaced by others."""

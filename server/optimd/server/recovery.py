@@ -140,9 +140,11 @@ def _bring_back(
         if message.HasField("bucket_applied") and record.position < position:
             applied.append((message.bucket_applied.round, message.bucket_applied.bucket_id, record.position))
     if snapshot is not None:
-        for round_, bucket_id, at in applied:
-            if round_ in survey.taken_back and at < snapshot.manifest.contents[bucket_id].position:
-                raise SnapshotDamageError(f"snapshot {snapshot.folder.name} holds a part of a step that was taken back")
+        held = {kept.settled.round for kept in snapshot.manifest.rounds if kept.applied}
+        positions = dict(enumerate(content.position for content in snapshot.manifest.contents))
+        held.update(number for number, bucket_id, at in applied if at < positions.get(bucket_id, 0))
+        if held & survey.taken_back:
+            raise SnapshotDamageError(f"snapshot {snapshot.folder.name} holds a part of a step that was taken back")
     found.end = max(survey.end, position)
     if snapshot is not None and survey.end < position and replay_from < position:
         problem = (

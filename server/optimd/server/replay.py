@@ -233,6 +233,7 @@ class Replay:
         def finish() -> None:
             if content.settle():
                 self._kept_at = []
+                self._parts.journal.held_from.clear()
                 for member in self._parts.company.members.values():
                     member.held.forget()
             self._kept_at += [record.position] * len(buckets)
@@ -416,7 +417,10 @@ class Replay:
         if member is not None and message.bucket_id < len(self._kept_at):
             bucket = self._parts.content.store.buckets[message.bucket_id]
             present = unpack_present(message.present, len(bucket.slices))
-            gradient = tensor_over(record.payload, bucket.dtype)
+            # Sums that were written again are in the dtype that they are held in, which is wider where it is another.
+            elements = sum(piece.length for piece, here in zip(bucket.slices, present, strict=True) if here)
+            arrived = elements * bucket.dtype.itemsize == record.payload.nbytes
+            gradient = tensor_over(record.payload, bucket.dtype if arrived else bucket.server_dtype)
             self._parts.journal.held_from.setdefault(message.number, record.position)
             member.held.add(bucket, present, gradient, self._parts.content.store.device)
 

@@ -87,10 +87,18 @@ class SnapshotTaker:
                 _log.debug("job %s changed while it was copied; begins again", self._job.name)
         raise RuntimeError("a job that is held still has changed")
 
-    def take_locked(self, folder: Path, *, name: str) -> SnapshotInfo:
-        """As `take`, in one piece: with the job's lock held, so that nothing at all happens meanwhile."""
+    def take_locked(self, folder: Path, *, name: str, replay_from: int) -> SnapshotInfo:
+        """As `take`, in one piece: with the job's lock held, so that nothing at all happens meanwhile.
+
+        Args:
+            folder: As in `take`.
+            name: As in `take`.
+            replay_from: Where the records begin that belong to it.
+        """
         with self._making(folder) as making:
-            return self._name(making, folder / name, self._copy(making, nullcontext(), alone=True))
+            written = self._copy(making, nullcontext(), alone=True, replay_from=replay_from)
+            self._job.journal.sync_behind(replay_from)
+            return self._name(making, folder / name, written)
 
     @contextmanager
     def _making(self, folder: Path) -> Iterator[Path]:
@@ -106,7 +114,12 @@ class SnapshotTaker:
     def _name(self, making: Path, path: Path, written: SnapshotInfo) -> SnapshotInfo:
         SnapshotReader(self._files, making).verify()
         self._files.rename(making, path)
-        self._files.sync_folder(path.parent)
+        try:
+            self._files.sync_folder(path.parent)
+        except OSError:
+            # Nothing may build on it, and the next try makes another one.
+            self._files.remove(path)
+            raise
         return SnapshotInfo(
             folder=path,
             step=written.step,
@@ -122,7 +135,13 @@ class SnapshotTaker:
             return self._copy(making, self._job.parts.changed, alone=True, hold=hold)
 
     def _copy(
-        self, making: Path, lock: AbstractContextManager[object], *, alone: bool, hold: ReadHold | None = None
+        self,
+        making: Path,
+        lock: AbstractContextManager[object],
+        *,
+        alone: bool,
+        hold: ReadHold | None = None,
+        replay_from: int | None = None,
     ) -> SnapshotInfo:
         """Writes the files.
 
@@ -131,14 +150,16 @@ class SnapshotTaker:
             lock: What keeps the job from changing: held for a bucket at a time.
             alone: Whether nothing is applied meanwhile.
             hold: What tells that this is alive.
+            replay_from: Where the records begin that belong to it, if that is known.
         """
         parts, journal = self._job.parts, self._job.journal
         with lock:
-            self._await_quiet()
+            self.await_quiet()
             changes, store = journal.content_changes, parts.content.store
             buckets, parameters = list(store.buckets), list(store.parameters)
             begun = [round_.position for round_ in journal.rounds.values()]
-            replay_from = journal.position if alone else min(begun, default=journal.position)
+            if replay_from is None:
+                replay_from = journal.position if alone else min(begun, default=journal.position)
             buffers = parts.buffers.values()
             kinds = _kinds(parts.content)
 
@@ -168,7 +189,7 @@ class SnapshotTaker:
                     )
                 )
             with lock:
-                self._await_quiet()
+                self.await_quiet()
                 check()
                 if not alone and not _splits_freely(parts.content):
                     raise _ChangedMeanwhileError
@@ -210,8 +231,8 @@ class SnapshotTaker:
             if journal.takings_back != takings_back:
                 raise _ChangedMeanwhileError
 
-    def _await_quiet(self) -> None:
-        """Waits until nobody is bringing parameters or state. Gives up the lock meanwhile."""
+    def await_quiet(self) -> None:
+        """Waits until nobody is bringing parameters or state. With the job's lock held; gives it up meanwhile."""
         parts = self._job.parts
         parts.company.wait(None, lambda: parts.company.bringing is None, _QUIET_TIMEOUT_S)
 

@@ -158,6 +158,12 @@ class Stepper:
             accumulator.reduced(1)
             self._deferred.add(bucket_id)
 
+    def deferred(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The buckets that are complete and wait for the others of their parameters: round, id, reduced gradient."""
+        if self._round is not None:
+            for bucket_id in sorted(self._deferred):
+                yield self._round.number, bucket_id, self._accumulators[bucket_id].packed()
+
     def open_round(self) -> Round:
         """The open step's round; a new one if no push has begun it yet."""
         if self._round is None:

@@ -21,7 +21,7 @@ from optimd.server.errors import DataDirError, JobDeletedError, NotDurableError,
 from optimd.server.job import Job
 from optimd.server.journal import JobJournal
 from optimd.server.kept import describe_environment, describe_job, settings_of
-from optimd.server.log import SEGMENT_BYTES, Log, LogReader
+from optimd.server.log import SEGMENT_BYTES, Log, LogReader, LogSyncError
 from optimd.server.recovery import FORMAT_VERSION, JOURNAL, SNAPSHOTS, Found, recover, snapshot_names
 from optimd.server.settings import JobSettings
 from optimd.server.snapshotfile import SnapshotDamageError, SnapshotReader
@@ -235,7 +235,11 @@ class Storage:
         begun = time.monotonic()
         taker = SnapshotTaker(job, kept.kept, self._files)
         try:
-            info = taker.take(kept.folder / SNAPSHOTS, name=self._next_name(kept, job))
+            try:
+                info = taker.take(kept.folder / SNAPSHOTS, name=self._next_name(kept, job))
+            except LogSyncError:
+                # What it builds on cannot be brought to the disk: one that builds on nothing.
+                info = self._begin_anew(kept, job)
         except (OSError, SnapshotDamageError) as error:
             kept.failed_s = time.monotonic()
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -280,22 +284,42 @@ class Storage:
             _log.warning("job %s: what is not needed any more could not be removed: %s", job.name, error)
 
     def _repair(self, kept: _Kept) -> None:
-        """A sync of the journal has failed: brings the job to the disk as a snapshot, and begins anew."""
-        job = kept.job
-        if job is None:
-            raise OSError("the job is being created")
-        with kept.taking, job.parts.changed:
-            taker = SnapshotTaker(job, kept.kept, self._files)
+        """A sync of the journal has failed: brings the job to the disk as a snapshot, and begins anew.
+
+        Raises:
+            OSError: it cannot be written.
+            RequestError: the job went away, or the server stops.
+        """
+        with kept.taking:
+            # Unless another one that waited for the sync has done so.
+            if kept.job is not None and not kept.job.journal.is_sound:
+                self._begin_anew(kept, kept.job)
+
+    def _begin_anew(self, kept: _Kept, job: Job) -> SnapshotInfo:
+        """As `_repair`, with `kept.taking` held."""
+        company, journal = job.parts.company, job.journal
+        taker = SnapshotTaker(job, kept.kept, self._files)
+        with job.parts.changed:
+            taker.await_quiet()
+            start = journal.write_again(
+                [
+                    (member, company.record(member.worker.worker_id).next_sequence)
+                    for member in company.members.values()
+                    # What comes again if this server dies, as all of a push that counts only as a whole does, must not
+                    # be there already.
+                    if job.settings.apply == "streaming" or not member.held.has_given
+                ],
+                job.pushing.deferred_locked(),
+                job.store,
+            )
             try:
-                info = taker.take_locked(kept.folder / SNAPSHOTS, name=self._next_name(kept, job))
+                info = taker.take_locked(kept.folder / SNAPSHOTS, name=self._next_name(kept, job), replay_from=start)
             except SnapshotDamageError as error:
                 raise OSError(str(error)) from error
-            job.journal.begin_anew()
-            for member in job.parts.company.members.values():
-                sequence = job.parts.company.record(member.worker.worker_id).next_sequence
-                job.journal.held_again(member, sequence, job.parts.content.store.buckets)
+            journal.begin_anew(start)
             _log.warning("job %s: a sync of its journal failed; snapshot %s has it all", job.name, info.folder.name)
             self._settle(kept, job, info)
+        return info
 
     def _load_last_commit(self, kept: _Kept, round_number: int) -> Store | None:
         """As `JobJournal.load_last_commit`. With the job's lock held: nothing is appended meanwhile."""
@@ -362,11 +386,20 @@ class Storage:
 
     def flush(self) -> None:
         """Brings all journals to the disk. Blocks; what goes wrong is in the log."""
-        for job in self._jobs():
+        for kept in self._all_kept():
+            if kept.job is not None:
+                self._flush(kept, kept.job)
+
+    def _flush(self, kept: _Kept, job: Job) -> None:
+        try:
             try:
                 job.journal.flush()
-            except OSError as error:
-                _log.error("job %s: its journal could not be brought to the disk: %s", job.name, error)
+            except LogSyncError:
+                self._repair(kept)
+        except JobDeletedError:
+            pass
+        except (OSError, RequestError) as error:
+            _log.error("job %s: its journal could not be brought to the disk: %s", job.name, error)
 
     @property
     def flush_interval_s(self) -> float | None:
@@ -394,9 +427,13 @@ class Storage:
         self._dir.close()
 
     def _jobs(self) -> list[Job]:
+        return [kept.job for kept in self._all_kept() if kept.job is not None]
+
+    def _all_kept(self) -> list[_Kept]:
+        """Those whose jobs are there."""
         with self._lock:
-            jobs = [kept.job for kept in self._kept.values()]
-        return [job for job in jobs if job is not None and job.phase is JobPhase.READY]
+            all_kept = list(self._kept.values())
+        return [kept for kept in all_kept if kept.job is not None and kept.job.phase is JobPhase.READY]
 
 
 def _take_steps_back(job: Job) -> None:
