@@ -96,7 +96,7 @@ def test_a_successor_of_a_worker_killed_in_mid_step_finds_the_job_at_its_last_co
     tmp_path: Path, whole_steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With or without a snapshot: here without."""
-    with running_server(data_dir=str(tmp_path / "data"), lease_s=60.0) as server:
+    with running_server(data_dir=str(tmp_path / "data"), lease_s=60.0, drain_timeout_s=0.5) as server:
         process = dying_worker(server, tmp_path, whole_steps=whole_steps)
         kill(process)
         assert_goes_on(server, steps=whole_steps)
@@ -112,7 +112,7 @@ def test_a_successor_of_a_worker_killed_in_mid_step_finds_the_job_at_its_last_co
 
 def test_a_snapshot_waits_for_an_open_step_and_has_nothing_of_it_when_it_is_taken_back(tmp_path: Path) -> None:
     """The one that was begun in the middle of the step is begun anew."""
-    with running_server(data_dir=str(tmp_path / "data"), lease_s=60.0) as server:
+    with running_server(data_dir=str(tmp_path / "data"), lease_s=60.0, drain_timeout_s=0.5) as server:
         process = dying_worker(server, tmp_path, whole_steps=2)
         taken: list[int] = []
         thread = threading.Thread(target=lambda: taken.append(server.registry.snapshot("torn").step))
@@ -135,10 +135,10 @@ def test_a_step_that_was_open_when_the_server_died_is_taken_back_when_its_worker
     tmp_path: Path,
 ) -> None:
     """Worker and server die; the successor finds the last commit."""
-    with running_server(data_dir=str(tmp_path / "data"), lease_s=60.0) as server:
+    with running_server(data_dir=str(tmp_path / "data"), lease_s=60.0, drain_timeout_s=0.5) as server:
         process = dying_worker(server, tmp_path, whole_steps=2)
         shutil.copytree(tmp_path / "data", tmp_path / "copy")
         kill(process)
-    with running_server(data_dir=str(tmp_path / "copy"), lease_s=60.0) as server:
+    with running_server(data_dir=str(tmp_path / "copy"), lease_s=60.0, drain_timeout_s=0.5) as server:
         assert server.registry.get("torn").is_in_mid_step
         assert_goes_on(server, steps=2)
