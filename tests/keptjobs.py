@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +81,8 @@ class Mirror:
         self.micro = 0
         self.points = [self._point()]
         self.acknowledged = 0
+        self.on_acknowledged: Callable[[], object] = lambda: None
+        """Called when the server has answered, behind each point but the first."""
         self.ours = Adam(
             self.params, server=server, job=job, options=options or ProxyOptions(bucket_bytes=1024), **adam
         )
@@ -122,8 +124,8 @@ class Mirror:
                 params[0].mul_(0.5)
         self.points[-1] = self._point(values=self.points[-1].values)
 
-    def add_group(self, seed: int) -> None:
-        added = parameters(seed, (70, 3))
+    def add_group(self, seed: int, sizes: Sequence[int] = (70, 3)) -> None:
+        added = parameters(seed, sizes)
         local = [nn.Parameter(param.detach().clone()) for param in added]
         self.theirs.add_param_group({"params": local, "lr": 0.03})
         self.local += local
@@ -155,6 +157,7 @@ class Mirror:
     def _acknowledge(self) -> None:
         self.acknowledged += 1
         assert self.acknowledged == len(self.points) - 1
+        self.on_acknowledged()
 
     def _point(self, *, values: list[torch.Tensor] | None = None) -> Point:
         written = [local.detach().clone() for local in self.local]

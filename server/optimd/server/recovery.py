@@ -134,6 +134,8 @@ def _bring_back(
     )
     found.survey, found.torn_at, found.lost_from = Survey(taken_back=set(found.without)), None, None
     survey = found.survey
+    if snapshot is None and segment_starts(files, journal)[:1] > [0]:
+        _refuse_missing_start(found, files, journal)
     applied: list[tuple[int, int, int]] = []
     for record, message in _records(found, files, replay_from, accept_loss=accept_loss):
         survey.see(record, message)
@@ -227,9 +229,10 @@ def _refuse_missing_start(found: Found, files: Files, journal: Path) -> None:
     """There is no job: that is all right where it had not been given its parameters yet."""
     starts = segment_starts(files, journal)
     if found.damaged or (starts and starts[0] > 0):
+        begins = f"its journal begins at position {starts[0]}" if starts else "it has no journal"
         raise DataDirError(
-            f"{found.folder} has no snapshot that can be used ({'; '.join(found.damaged) or 'none is there'}), and its "
-            f"journal does not begin at the beginning; {_REMEDY.split(',', maxsplit=1)[0]}"
+            f"{found.folder} has no snapshot that can be used ({'; '.join(found.damaged) or 'none is there'}), and "
+            f"{begins}; {_REMEDY.split(',', maxsplit=1)[0]}"
         )
 
 
