@@ -108,15 +108,16 @@ class Log:
         segment = self._segment
         if segment is None or self.position + length > segment.start + self._segment_bytes:
             segment = self._begin_segment()
-        self._write(segment, message, parts)
+        self.position = self._write(segment, message, parts)
         return self.position
 
-    def _write(self, segment: _Segment, message: bytes, parts: Sequence[Part]) -> None:
+    def _write(self, segment: _Segment, message: bytes, parts: Sequence[Part]) -> int:
+        """Writes a record at the log's position. Gives where it ends."""
         with self._lock:
             synced = self._synced if self._durable else self.position
         framed = frame(self.position, message, parts, synced=synced)
         self._files.write(segment.descriptor, framed, self.position - segment.start)
-        self.position += length_of(message, parts)
+        return self.position + length_of(message, parts)
 
     def _begin_segment(self) -> _Segment:
         with self._lock:
@@ -132,13 +133,15 @@ class Log:
             # Nothing in it may be acknowledged under a name that power loss could take away.
             if self._durable:
                 self._files.sync_folder(self._folder)
-            self._write(segment, self._first_message(self.position), ())
+            end = self._write(segment, self._first_message(self.position), ())
         except BaseException:
             self._files.close(segment.descriptor)
             raise
         with self._lock:
+            # In one moment: a sync that counted the record without knowing the file would take it to be on the disk.
             self._segment = segment
             self._unsynced.append(segment)
+            self.position = end
         if not self._durable and len(self._unsynced) > _MOST_UNSYNCED and self._syncing.acquire(blocking=False):
             # Nobody waits for its sync.
             with self._lock:
