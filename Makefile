@@ -6,7 +6,7 @@
 #   make soak         kill servers and workers for a quarter of an hour, and compare every bit with undisturbed runs
 #   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
 #   make proto        regenerate the code under proto/python/optimd/v1
-#   make bench        step times against a local optimizer, and memory of both sides
+#   make bench        step times against a local optimizer, memory of both sides, and what keeping jobs on disk costs
 #   make clean        remove what the targets above made
 
 PYTHON ?= python3

@@ -1,1 +1,1 @@
-"""Reproducible comparisons: `python -m benchmarks` measures step times and memory against baselines of the same run."""
+"""Reproducible comparisons: `python -m benchmarks` measures against baselines of the same run."""

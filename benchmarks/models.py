@@ -112,3 +112,8 @@ def compute_gradients(model: Model, step: int) -> None:
 def parameter_count(model: Model) -> int:
     """The number of elements of all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bit_equal(one: Model, other: Model) -> bool:
+    """Whether two models have the same parameters, to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -48,14 +48,18 @@ def loopback_address() -> str:
 
 
 @contextlib.contextmanager
-def optimd_server(address: str) -> Iterator[ServerProcess]:
+def optimd_server(address: str, *flags: str) -> Iterator[ServerProcess]:
     """An optimizer daemon with one torch thread, on the CPU.
+
+    Args:
+        address: Where it listens.
+        flags: More flags.
 
     Raises:
         ServerStartError: it did not start.
     """
     options = ["--device=cpu", "--threads=1", "--no-health", "--log-level=warning"]
-    with _serving(["-m", "optimd.server", f"--address={address}", *options], (address,)) as server:
+    with _serving(["-m", "optimd.server", f"--address={address}", *options, *flags], (address,)) as server:
         yield server
 
 
@@ -136,6 +140,13 @@ def reset_peak(pid: int | str) -> None:
     """Has the peak count from now on, where the system permits it; else it goes on counting from the start."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has taken of the processors so far, all of its threads together, in seconds."""
+    # Behind the name, in brackets, which may contain anything.
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

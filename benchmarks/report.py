@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import torch
 
+from benchmarks.journal import MARKS, OFF, SNAPSHOT_STEPS, STEPS, WARMUP_STEPS, JournalTimes
 from benchmarks.memory import ALLOWANCE_BYTES, MB, SERVER_MARK, WORKER_MARK, MemoryUse
 from benchmarks.step_time import LOCAL, TRANSPORTS, StepTimes, echo_over, optimd_over
 
@@ -88,7 +89,42 @@ def memory_table(measured: MemoryUse) -> Table:
     )
 
 
-def as_json(steps: Iterable[StepTimes], memory: Iterable[MemoryUse]) -> dict[str, Any]:
+def journal_table(measured: JournalTimes) -> Table:
+    """Steps by how the job is kept, and what limits them."""
+    off = measured.times[OFF].median_s
+    rows = []
+    for name, times in (*measured.times.items(), *measured.raw.items()):
+        cpu, snapshot = measured.server_cpu_s.get(name), measured.snapshot_s.get(name)
+        rows.append(
+            (
+                name,
+                f"{times.median_s * 1e3:.1f}",
+                f"{times.lower_quartile_s * 1e3:.1f} - {times.upper_quartile_s * 1e3:.1f}",
+                f"{times.median_s / off:.2f}",
+                f"{MARKS[name]:.2f}" if name in MARKS else "",
+                {True: "yes", False: "NO", None: ""}[measured.holds(name) if name in MARKS else None],
+                "" if cpu is None else f"{cpu * 1e3:.0f}",
+                "" if snapshot is None else f"{snapshot * 1e3:,.0f}",
+            )
+        )
+    outcome = "are bit-equal" if measured.bit_equal else "DIFFER: the jobs did not do the same work"
+    new = sum(measured.new_files.values())
+    return Table(
+        f"Keeping a job on disk, {measured.model}: {measured.step_bytes / MB:,.0f} MB of gradients a step, on "
+        f"{measured.filesystem or 'an unknown file system'}",
+        ("", "median ms", "quartiles ms", "/ off", "at most", "holds", "server CPU ms", "snapshot ms"),
+        rows,
+        f"{measured.times[OFF].runs} turns of {STEPS} steps in a row, by one worker over TCP loopback, one thread in "
+        f"each process, behind {WARMUP_STEPS} steps that do not count. Servers take snapshots every {SNAPSHOT_STEPS} "
+        "steps, between turns: from then on the journal is written over files that no snapshot needs any more "
+        f"({new} new files in what was timed). Below the modes: what one step's bytes take by themselves, bucket by "
+        f"bucket. Final parameters {outcome}.",
+    )
+
+
+def as_json(
+    steps: Iterable[StepTimes], memory: Iterable[MemoryUse], journals: Iterable[JournalTimes]
+) -> dict[str, Any]:
     """All of it as plain values."""
     return {
         "environment": environment(),
@@ -96,6 +132,16 @@ def as_json(steps: Iterable[StepTimes], memory: Iterable[MemoryUse]) -> dict[str
         "memory": [
             asdict(measured) | {"peaks": [asdict(peak) | {"holds": peak.holds} for peak in measured.peaks]}
             for measured in memory
+        ],
+        "journal": [
+            asdict(measured)
+            | {
+                "modes": {
+                    mode: {"ratio": measured.ratio(mode), "mark": MARKS.get(mode), "holds": measured.holds(mode)}
+                    for mode in measured.times
+                }
+            }
+            for measured in journals
         ],
     }
 

@@ -107,7 +107,7 @@ def _measure_model(rounds: Rounds, servers: _Servers) -> StepTimes:
             parameters=count,
             tensors=len(list(trained[0].parameters())),
             times=times,
-            bit_equal=all(_bit_equal(trained[0], other) for other in trained[1:]),
+            bit_equal=all(models.bit_equal(trained[0], other) for other in trained[1:]),
         )
 
 
@@ -117,7 +117,3 @@ def _stepping(name: str, model: models.Model, optimizer: torch.optim.Adam) -> Co
         models.compute_gradients(model, number)
 
     return Contender(name, optimizer.step, prepare)
-
-
-def _bit_equal(one: models.Model, other: models.Model) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -22,6 +22,8 @@ class Contender:
     """What is timed."""
     prepare: Callable[[int], object] = lambda _round: None
     """What comes before it, untimed; gets the number of the round."""
+    settle: Callable[[], object] = lambda: None
+    """What comes behind it, untimed: what it has left undone would disturb the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,10 @@ class Times:
         """Summarises at least two measurements."""
         lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(len(seconds), median, lower, upper)
+
+    def split(self, count: int) -> Times:
+        """Of one thing, where `count` of them were done in a row and measured as one."""
+        return Times(self.runs, self.median_s / count, self.lower_quartile_s / count, self.upper_quartile_s / count)
 
 
 def take_turns(contenders: Sequence[Contender], *, warmups: int, rounds: int) -> dict[str, Times]:
@@ -60,6 +66,7 @@ def take_turns(contenders: Sequence[Contender], *, warmups: int, rounds: int) ->
             start = time.perf_counter()
             contender.run()
             taken = time.perf_counter() - start
+            contender.settle()
             if number >= warmups:
                 seconds[contender.name].append(taken)
     return {name: Times.of(taken) for name, taken in seconds.items()}

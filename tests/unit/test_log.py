@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,10 +17,43 @@ from hypothesis import strategies as st
 
 from optimd.server.files import Files
 from optimd.server.log import Log, LogDamageError, LogReader, LogSyncError, segment_starts
-from optimd.server.records import FIXED_BYTES, Record
+from optimd.server.records import FIXED_BYTES, Record, read_record
 from tests.faultfiles import FailingFiles, Keeps, Operation, VolatileFiles, everything, nothing, some
 
 SEGMENT_BYTES = 320
+
+
+class SyncedFiles(Files):
+    """Knows how far each segment is on the disk, and which records say more."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, int] = {}
+        self.synced: dict[int, int] = {}
+        self.overstated: list[int] = []
+        self._starts: dict[int, int] = {}
+
+    def open(self, path: Path) -> int:
+        descriptor = super().open(path)
+        self._starts[descriptor] = int(path.stem) if path.stem.isdecimal() else 0
+        return descriptor
+
+    def write_some(self, descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
+        written = super().write_some(descriptor, parts, offset)
+        start = self._starts[descriptor]
+        record = read_record(lambda length, at: self.read(descriptor, length, at - start), start + offset)
+        assert record is not None
+        if start < record.synced and self.synced.get(start, 0) < record.synced:
+            self.overstated.append(record.position)
+        self.written[start] = record.end
+        return written
+
+    def sync(self, descriptor: int) -> None:
+        # Nothing is really synced: no test outlives a power loss.
+        start = self._starts[descriptor]
+        self.synced[start] = max(self.synced.get(start, 0), self.written[start])
+
+    def sync_folder(self, folder: Path) -> None:
+        pass
 
 
 def opened(
@@ -397,6 +431,36 @@ def test_what_is_appended_during_a_sync_is_not_counted_as_synced(tmp_path: Path)
     log.sync(end)
     assert files.syncs == 2
     log.close()
+
+
+def test_no_record_counts_what_is_not_on_the_disk_as_synced(tmp_path: Path) -> None:
+    """Whatever other threads sync while segments are begun: after a power loss that would be taken for damage."""
+    files = SyncedFiles()
+    log = opened(tmp_path, files, segment_bytes=120)
+    ended = threading.Event()
+
+    def sync() -> None:
+        while not ended.is_set():
+            log.sync(log.position)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            syncing = [pool.submit(sync) for _ in range(2)]
+            for number in range(2000):
+                log.append(message(number))
+                if number % 50 == 0:
+                    log.drop_before(log.position)
+            ended.set()
+            for each in syncing:
+                each.result(20)
+    finally:
+        ended.set()
+        sys.setswitchinterval(interval)
+    log.close()
+    assert files.overstated == []
+    assert len(files.written) == 2000
 
 
 def test_a_segment_that_is_begun_during_a_sync_is_synced_with_the_next(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -69,6 +70,8 @@ class Log:
         segment_bytes: How long a segment gets.
         durable: Whether somebody waits for syncs: then names too have to be on the disk before anything under them can
             be acknowledged, and what was not synced may be missed after a power loss. Else nothing may.
+        sync_ahead_bytes: After how many bytes a sync of them is begun in the background, so that who waits for one when
+            all have come finds little left to do; 0: never.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Log:
         first_message: Callable[[int], bytes],
         segment_bytes: int = SEGMENT_BYTES,
         durable: bool = True,
+        sync_ahead_bytes: int = 0,
     ) -> None:
         self._files = files
         self._folder = folder
@@ -95,6 +99,12 @@ class Log:
         self._failed: OSError | None = None  # guarded by self._lock
         self._syncing = threading.Lock()
         """Held by who syncs for all."""
+        self._sync_ahead_bytes = sync_ahead_bytes
+        # Its thread is started when there is something for it to do.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="optimd-sync")
+        # The last sync ahead, and where the journal ended when it was begun. Belong to the thread that appends.
+        self._ahead: Future[None] | None = None
+        self._ahead_of = position
 
     # --- writing
 
@@ -108,15 +118,18 @@ class Log:
         segment = self._segment
         if segment is None or self.position + length > segment.start + self._segment_bytes:
             segment = self._begin_segment()
-        self._write(segment, message, parts)
+        self.position = self._write(segment, message, parts)
+        if self._sync_ahead_bytes and self.position - self._ahead_of >= self._sync_ahead_bytes:
+            self._begin_sync_ahead()
         return self.position
 
-    def _write(self, segment: _Segment, message: bytes, parts: Sequence[Part]) -> None:
+    def _write(self, segment: _Segment, message: bytes, parts: Sequence[Part]) -> int:
+        """Writes a record at the log's position. Gives where it ends."""
         with self._lock:
             synced = self._synced if self._durable else self.position
         framed = frame(self.position, message, parts, synced=synced)
         self._files.write(segment.descriptor, framed, self.position - segment.start)
-        self.position += length_of(message, parts)
+        return self.position + length_of(message, parts)
 
     def _begin_segment(self) -> _Segment:
         with self._lock:
@@ -132,13 +145,15 @@ class Log:
             # Nothing in it may be acknowledged under a name that power loss could take away.
             if self._durable:
                 self._files.sync_folder(self._folder)
-            self._write(segment, self._first_message(self.position), ())
+            end = self._write(segment, self._first_message(self.position), ())
         except BaseException:
             self._files.close(segment.descriptor)
             raise
         with self._lock:
+            # In one moment: a sync that counted the record without knowing the file would take it to be on the disk.
             self._segment = segment
             self._unsynced.append(segment)
+            self.position = end
         if not self._durable and len(self._unsynced) > _MOST_UNSYNCED and self._syncing.acquire(blocking=False):
             # Nobody waits for its sync.
             with self._lock:
@@ -178,6 +193,17 @@ class Log:
                 for segment in complete:
                     self._unsynced.remove(segment)
                     self._files.close(segment.descriptor)
+
+    def _begin_sync_ahead(self) -> None:
+        """Begins a sync in the background, unless one is under way there: the next record tries again."""
+        if self._ahead is None or self._ahead.done():
+            self._ahead_of = self.position
+            self._ahead = self._background.submit(self._sync_ahead, self.position)
+
+    def _sync_ahead(self, position: int) -> None:
+        # Who waits for a sync is told of what went wrong in this one.
+        with suppress(LogSyncError):
+            self.sync(position)
 
     @property
     def is_sound(self) -> bool:
@@ -232,6 +258,7 @@ class Log:
 
     def close(self) -> None:
         """Closes the files. Does not sync."""
+        self._background.shutdown(wait=False)
         with self._syncing, self._lock:
             self._close_locked()
 

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _JOURNAL_TIMES_STATE: Final = 4
 _LEAST_JOURNAL_BYTES: Final = 256 * 1024 * 1024
+_SYNC_AHEAD_BYTES: Final = 16 * 1024 * 1024
 _RETRY_S: Final = 5.0
 _LOADING_TRIES: Final = 3
 
@@ -212,6 +213,7 @@ class Storage:
             first_message=first_message,
             segment_bytes=self._settings.segment_bytes,
             durable=self._settings.fsync != "never",
+            sync_ahead_bytes=_SYNC_AHEAD_BYTES if self._settings.fsync == "step" else 0,
         )
 
     # --- snapshots
