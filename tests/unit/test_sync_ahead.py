@@ -100,7 +100,8 @@ def test_who_waits_for_a_sync_is_told_that_one_in_the_background_failed(tmp_path
     with pytest.raises(LogSyncError):
         log.sync(log.position)
     files.fails = False
-    log.begin_anew()
+    log.leave_segment()
+    log.begin_anew(log.position)
     append(log, 1)
     files.may_end.release()
     log.sync(log.position)
