@@ -12,6 +12,7 @@ import pytest
 
 from optimd.server.datadir import DataDir
 from optimd.server.errors import DataDirError
+from optimd.server.files import ReadOnlyFiles
 from tests.faultfiles import FailingFiles, Operation, VolatileFiles, nothing
 
 LONG = "a" * 1024
@@ -55,6 +56,39 @@ def test_a_data_dir_is_one_servers_at_a_time(tmp_path: Path) -> None:
         DataDir(tmp_path)
     first.close()
     DataDir(tmp_path).close()
+
+
+def test_a_data_dir_that_is_read_is_left_as_it_is(tmp_path: Path) -> None:
+    """Leftovers too. No server can have it meanwhile, and others can read it."""
+    DataDir(tmp_path).close()
+    (tmp_path / "jobs" / "job").mkdir()
+    (tmp_path / "jobs" / ".gone-job").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    first, second = (DataDir.to_read(tmp_path, ReadOnlyFiles()) for _ in range(2))
+    assert [*first.job_folders()] == [*second.job_folders()] == [tmp_path / "jobs" / "job"]
+    with pytest.raises(DataDirError, match="is using the data dir"):
+        DataDir(tmp_path)
+    for change in (first.files.make_folder, first.files.remove):
+        with pytest.raises(OSError, match="Read-only"):
+            change(tmp_path / "jobs" / "job")
+    with pytest.raises(OSError, match="Read-only"):
+        first.files.rename(tmp_path / "LOCK", tmp_path / "KEY")
+    descriptor = first.files.open(tmp_path / "FORMAT")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        first.files.write(descriptor, [b"x"], 0)
+    first.files.close(descriptor)
+    first.close()
+    second.close()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    DataDir(tmp_path).close()
+
+
+def test_a_data_dir_without_its_lock_can_be_read(tmp_path: Path) -> None:
+    """A copy may be without: no server has ever had it."""
+    DataDir(tmp_path).close()
+    (tmp_path / "LOCK").unlink()
+    DataDir.to_read(tmp_path, ReadOnlyFiles()).close()
+    assert not (tmp_path / "LOCK").exists()
 
 
 def test_a_server_of_another_process_holds_its_data_dir_until_it_dies(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from optimd.cli.errors import CommandError
 from optimd.cli.exporting import export_job
 from optimd.cli.importing import import_job
 from optimd.cli.serve import serve
+from optimd.cli.verify import verify_jobs
 from optimd.client import OptimdError
 from optimd.server import ConfigurationError
 
@@ -57,9 +58,12 @@ app.command()(_in_one_sentence(demo))
 app.command(name="export")(_in_one_sentence(export_job))
 app.command(name="import")(_in_one_sentence(import_job))
 
-_jobs = typer.Typer(help="Look at a server's jobs, have them written to disk, and drop them.", no_args_is_help=True)
+_jobs = typer.Typer(
+    help="Look at a server's jobs, have them written to disk, check what is there, and drop them.", no_args_is_help=True
+)
 _jobs.command(name="list")(_in_one_sentence(jobs.list_jobs))
 _jobs.command(name="show")(_in_one_sentence(jobs.show_job))
 _jobs.command(name="snapshot")(_in_one_sentence(jobs.snapshot_job))
+_jobs.command(name="verify")(_in_one_sentence(verify_jobs))
 _jobs.command(name="delete")(_in_one_sentence(jobs.delete_job))
 app.add_typer(_jobs, name="jobs")

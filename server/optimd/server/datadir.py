@@ -6,12 +6,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from fcntl import LOCK_EX, LOCK_NB, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 from typing import Final
 
 from optimd.server.errors import DataDirError
-from optimd.server.files import Files
+from optimd.server.files import Files, ReadOnlyFiles
 
 FORMAT_VERSION: Final = 1
 """The version of all that is in a data dir. Another one is refused."""
@@ -45,7 +45,7 @@ class DataDir:
             for folder in missing:
                 self.files.sync_folder(folder.parent)
             self._refuse_foreign()
-            self._lock = self._take_lock()
+            self._lock: int | None = self._take_lock()
             try:
                 self._check_version()
                 self.files.make_folder(path / _JOBS)
@@ -59,6 +59,30 @@ class DataDir:
                 raise
         except OSError as error:
             raise DataDirError(f"the data dir {path} cannot be used: {error.strerror or error}") from error
+
+    @classmethod
+    def to_read(cls, path: Path, files: ReadOnlyFiles) -> DataDir:
+        """A data dir of which nothing is changed: nothing is made in it, and nothing removed.
+
+        No server can take it until it is closed; others may read it meanwhile.
+
+        Raises:
+            DataDirError: a server is using it, it is of another version, or there is none that can be read.
+        """
+        self = cls.__new__(cls)
+        self.path, self.files, self._lock = path, files, None
+        try:
+            if _FORMAT not in files.names(path):
+                raise DataDirError(f"{path} is no data dir of an optimd server: it has no file named {_FORMAT}")
+            self._lock = self._share_lock()
+            try:
+                self._check_format()
+            except BaseException:
+                self.close()
+                raise
+        except OSError as error:
+            raise DataDirError(f"the data dir {path} cannot be read: {error.strerror or error}") from error
+        return self
 
     def job_folders(self) -> Iterator[Path]:
         """The folders of the jobs that are kept, in order."""
@@ -82,7 +106,8 @@ class DataDir:
 
     def close(self) -> None:
         """Lets another server have it."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _take_lock(self) -> int:
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -93,6 +118,18 @@ class DataDir:
             raise DataDirError(
                 f"another server is using the data dir {self.path}; stop it, or choose another with --data-dir"
             ) from None
+        return descriptor
+
+    def _share_lock(self) -> int | None:
+        if _LOCK not in self.files.names(self.path):
+            # A copy of the rest: a server makes that file before it does anything else.
+            return None
+        descriptor = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            flock(descriptor, LOCK_SH | LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DataDirError(f"a server is using the data dir {self.path}: stop it first, or use a copy") from None
         return descriptor
 
     def _refuse_foreign(self) -> None:
@@ -114,7 +151,10 @@ class DataDir:
             self.files.rename(self.path / _NEW_FORMAT, path)
             self.files.sync_folder(self.path)
             return
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        self._check_format()
+
+    def _check_format(self) -> None:
+        text = (self.path / _FORMAT).read_text(encoding="utf-8", errors="replace").strip()
         if text != f"optimd data dir, version {FORMAT_VERSION}":
             raise DataDirError(
                 f"the data dir {self.path} says {text!r}; this server reads version {FORMAT_VERSION}: start the optimd "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -96,3 +97,40 @@ class Files:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+class ReadOnlyFiles(Files):
+    """The system's files, of which none is changed: whatever would change one raises OSError.
+
+    Args:
+        on_read: Called with the number of bytes that were read, each time.
+    """
+
+    def __init__(self, on_read: Callable[[int], object] = lambda _: None) -> None:
+        self._on_read = on_read
+
+    def open(self, path: Path) -> int:
+        """Opens a file for reading. Gives its descriptor, with which it cannot be written to."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, descriptor: int, length: int, offset: int) -> bytes:
+        """As `Files.read`."""
+        data = super().read(descriptor, length, offset)
+        self._on_read(len(data))
+        return data
+
+    def make_folder(self, folder: Path) -> None:
+        """Raises OSError."""
+        raise _read_only(folder)
+
+    def rename(self, path: Path, target: Path) -> None:  # noqa: ARG002  # a method of Files
+        """Raises OSError."""
+        raise _read_only(path)
+
+    def remove(self, path: Path) -> None:
+        """Raises OSError."""
+        raise _read_only(path)
+
+
+def _read_only(path: Path) -> OSError:
+    return OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

@@ -46,6 +46,7 @@ class LogDamageError(Exception):
         super().__init__(f"{path}, position {position}: {reason}")
         self.path = path
         self.position = position
+        self.reason = reason
 
 
 @dataclass(slots=True, eq=False)

@@ -206,23 +206,37 @@ def _records(
     reader = LogReader(files, folder)
     try:
         for record in reader.records(position):
-            try:
-                message = journal_pb2.JournalRecord.FromString(record.message)
-            except DecodeError as error:
-                raise LogDamageError(folder, record.position, f"the record is none: {error}") from error
-            started = message.segment_started
-            if message.HasField("segment_started") and started.format_version != FORMAT_VERSION:
-                raise DataDirError(
-                    f"{folder} is of version {started.format_version}; this server reads {FORMAT_VERSION}: start the "
-                    "optimd that wrote it"
-                )
-            yield record, message
+            yield record, parse_record(folder, record)
     except LogDamageError as error:
         if not accept_loss:
             raise DataDirError(f"{error}; {_REMEDY}") from error
         found.lost_from = error.position
         _log.error("%s; what stands there and behind it is lost (--accept-loss)", error)
     found.torn_at = reader.torn_at
+
+
+def parse_record(journal: Path, record: Record) -> journal_pb2.JournalRecord:
+    """What a record says.
+
+    Args:
+        journal: The journal's folder, for messages.
+        record: The record.
+
+    Raises:
+        LogDamageError: it says nothing.
+        DataDirError: it was written in another version of the format.
+    """
+    try:
+        message = journal_pb2.JournalRecord.FromString(record.message)
+    except DecodeError as error:
+        raise LogDamageError(journal, record.position, f"the record is none: {error}") from error
+    started = message.segment_started
+    if message.HasField("segment_started") and started.format_version != FORMAT_VERSION:
+        raise DataDirError(
+            f"{journal} is of version {started.format_version}; this server reads {FORMAT_VERSION}: start the optimd "
+            "that wrote it"
+        )
+    return message
 
 
 def _refuse_missing_start(found: Found, files: Files, journal: Path) -> None:
