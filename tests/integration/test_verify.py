@@ -568,11 +568,15 @@ def damages(seed: int) -> Iterator[Callable[[KeptJob], object]]:
         path.write_bytes(data)
 
     def end(job: KeptJob) -> None:
-        last = job.segments[-1]
+        last = filled(job.segments)[-1]
         job.cut(dice.randrange(int(job.segments[0].stem), int(last.stem) + last.stat().st_size))
 
+    def happen(job: KeptJob) -> None:
+        of_the_journal = [truncate, zero, end] if filled(job.segments) else []
+        dice.choice([flip_somewhere, flip_somewhere, lose, *of_the_journal])(job)
+
     for _ in range(dice.randint(1, 3)):
-        yield dice.choice([flip_somewhere, flip_somewhere, truncate, lose, zero, end])
+        yield happen
 
 
 @pytest.mark.parametrize("seed", range(8))

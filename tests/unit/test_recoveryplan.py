@@ -38,6 +38,10 @@ def brought(*, buckets: int, tensors: int, replaces: bool = False) -> list[journ
     return [journal_pb2.JournalRecord(layout_brought=layout), *[put] * tensors]
 
 
+def left() -> journal_pb2.JournalRecord:
+    return journal_pb2.JournalRecord(worker_left=journal_pb2.WorkerLeft(number=1))
+
+
 def settled(number: int, *, atomic: bool = False) -> journal_pb2.JournalRecord:
     return journal_pb2.JournalRecord(round_settled=journal_pb2.RoundSettled(round=number, atomic=atomic))
 
@@ -54,14 +58,20 @@ def taken_back(number: int) -> journal_pb2.JournalRecord:
     return journal_pb2.JournalRecord(round_taken_back=journal_pb2.RoundTakenBack(round=number))
 
 
-def snapshot(*, position: int, replay_from: int, at: Sequence[int], step: int = 7) -> RecoveryPlan:
-    """A snapshot whose buckets are as of the positions `at`."""
+def snapshot(
+    *, position: int, replay_from: int, at: Sequence[int], step: int = 7, open_round: int | None = None
+) -> RecoveryPlan:
+    """A snapshot whose buckets are as of the positions `at`, and of which a bucket of `open_round` was applied."""
+    settled = journal_pb2.RoundSettled(round=open_round or 0)
     manifest = snapshot_pb2.SnapshotManifest(
         position=position,
         replay_from=replay_from,
         step=step,
         buckets=[tensor_pb2.BucketSpec()] * len(at),
         contents=[snapshot_pb2.KeptBucket(position=each) for each in at],
+        rounds=[]
+        if open_round is None
+        else [snapshot_pb2.KeptRound(settled=settled, applied=[journal_pb2.BucketApplied(round=open_round)])],
     )
     return RecoveryPlan("00000001-step-7", manifest)
 
@@ -91,7 +101,9 @@ def test_steps_and_open_rounds_are_those_that_records_say() -> None:
     ("records", "has_job", "count"),
     [
         (brought(buckets=3, tensors=2), False, 0),
-        ([*brought(buckets=3, tensors=2), started(), *brought(buckets=2, tensors=2)], True, 2),
+        ([*brought(buckets=3, tensors=2), left(), *brought(buckets=2, tensors=2)], True, 2),
+        ([*brought(buckets=3, tensors=2), left(), brought(buckets=1, tensors=1)[-1]], False, 0),
+        ([*brought(buckets=3, tensors=2), started(), brought(buckets=1, tensors=1)[-1]], True, 3),
         ([*brought(buckets=3, tensors=3), *brought(buckets=2, tensors=2)], True, 5),
         ([*brought(buckets=3, tensors=3), *brought(buckets=2, tensors=1)], True, 3),
         ([*brought(buckets=3, tensors=3), *brought(buckets=2, tensors=2, replaces=True)], True, 2),
@@ -101,7 +113,7 @@ def test_steps_and_open_rounds_are_those_that_records_say() -> None:
 def test_parameters_are_the_jobs_with_the_last_of_their_values(
     records: list[journal_pb2.JournalRecord], has_job: bool, count: int
 ) -> None:
-    """Those that were not all brought never count."""
+    """Those that were not all brought never count. Between them a new segment may begin."""
     plan = saw(RecoveryPlan(), started(), *records, settled(1))
     assert plan.has_job is has_job
     assert plan.open_steps == [(0, count)]
@@ -129,8 +141,15 @@ def test_a_snapshot_with_a_part_of_a_round_that_was_taken_back_is_passed_over() 
     holds = saw(snapshot(position=32, replay_from=0, at=[0, 16]), *records)
     lacks = saw(snapshot(position=32, replay_from=0, at=[16, 8]), *records)
     assert (holds.holds_taken_back, lacks.holds_taken_back) == (True, False)
+    assert saw(snapshot(position=32, replay_from=32, at=[32], open_round=9), taken_back(9), first=32).holds_taken_back
     alone = saw(RecoveryPlan(), *records)
     assert choose([holds, lacks, alone], skipped=False, begins=0, accept_loss=False) == Prospect(lacks)
+
+
+def test_a_round_that_a_snapshot_has_goes_on_behind_it() -> None:
+    """Its first record may be written once more."""
+    plan = saw(snapshot(position=32, replay_from=32, at=[0, 0, 0], open_round=9), settled(9), applied(9, 2), first=32)
+    assert plan.open_steps == [(2, 3)]
 
 
 def test_what_is_read_behind_its_end_is_not_looked_at() -> None:

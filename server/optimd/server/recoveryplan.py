@@ -82,7 +82,7 @@ class RecoveryPlan:
         self._see_layout(message)
         match message.WhichOneof("record"):
             case "round_settled":
-                self._rounds[message.round_settled.round] = _Round(message.round_settled)
+                self._rounds.setdefault(message.round_settled.round, _Round(message.round_settled))
             case "bucket_applied":
                 round_ = self._rounds.get(message.bucket_applied.round)
                 if round_ is not None:
@@ -100,12 +100,13 @@ class RecoveryPlan:
 
     def _see_layout(self, message: journal_pb2.JournalRecord) -> None:
         """Parameters are the job's with the last of their values."""
-        if message.HasField("layout_brought"):
+        kind = message.WhichOneof("record")
+        if kind == "layout_brought":
             brought = message.layout_brought
             self._layout = _Layout(brought.tensor_count, len(brought.buckets), brought.replaces)
-        elif message.HasField("put_tensors") and self._layout is not None:
+        elif kind == "put_tensors" and self._layout is not None:
             self._layout.left -= 1
-        elif not message.HasField("put_tensors"):
+        elif kind not in ("put_tensors", "segment_started"):
             # Whoever brought them was interrupted.
             self._layout = None
         if self._layout is not None and not self._layout.left:
@@ -137,11 +138,12 @@ class RecoveryPlan:
     @property
     def holds_taken_back(self) -> bool:
         """Whether the snapshot holds a part of a round that was taken back: a recovery goes further back then."""
-        contents = self._manifest.contents if self._manifest is not None else ()
-        return any(
-            round_ in self.survey.taken_back and bucket_id < len(contents) and at < contents[bucket_id].position
-            for round_, bucket_id, at in self._applied_before
-        )
+        if self._manifest is None:
+            return False
+        held = {kept.settled.round for kept in self._manifest.rounds if kept.applied}
+        positions = dict(enumerate(content.position for content in self._manifest.contents))
+        held.update(round_ for round_, bucket_id, at in self._applied_before if at < positions.get(bucket_id, 0))
+        return bool(held & self.survey.taken_back)
 
     @property
     def open_steps(self) -> list[tuple[int, int]]:
@@ -185,14 +187,19 @@ def choose(plans: Sequence[RecoveryPlan], *, skipped: bool, begins: int, accept_
         completed: the server removes it.
     """
     for plan in plans:
+        if not plan.snapshot and begins:
+            return Prospect(
+                refusal=f"there is no snapshot that can be used, and the journal begins at position {begins}",
+                is_hopeless=True,
+            )
         if plan.damage is not None and not accept_loss:
             return Prospect(refusal=str(plan.damage))
         if not plan.snapshot:
             if plan.has_job:
                 return Prospect(plan)
-            if skipped or begins:
+            if skipped:
                 return Prospect(
-                    refusal="there is no snapshot that can be used, and the journal does not begin at the beginning",
+                    refusal="there is no snapshot that can be used, and no journal that has the job's parameters",
                     is_hopeless=True,
                 )
             return Prospect()
