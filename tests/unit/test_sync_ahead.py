@@ -110,11 +110,12 @@ def test_who_waits_for_a_sync_is_told_that_one_in_the_background_failed(tmp_path
 
 def test_a_log_is_closed_behind_the_sync_that_is_under_way(tmp_path: Path) -> None:
     """Its file is not closed under it, and its thread ends."""
+    before = threading.enumerate()
     files = SlowFiles()
     log = log_in(tmp_path, files)
     append(log, 4)
     assert files.begun.acquire(timeout=TIMEOUT_S)
-    worker = next(thread for thread in threading.enumerate() if thread.name.startswith("optimd-sync"))
+    (worker,) = (thread for thread in threading.enumerate() if thread not in before)
     closing = threading.Thread(target=log.close)
     closing.start()
     files.may_end.release()
