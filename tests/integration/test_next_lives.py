@@ -1,0 +1,159 @@
+"""What a server makes of what another one had on disk when it died, beyond values and state."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from optimd.client import Adam, Async, ProxyOptions
+from optimd.server.company import JobPhase
+from optimd.server.errors import JobDeletedError
+from optimd.server.files import Files
+from optimd.server.job import Job
+from optimd.server.member import Member
+from optimd.server.pushing import OpenPush
+from tests.keptjobs import recovered
+from tests.support import eventually, running_server
+
+SIZE = 700
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(SIZE))
+
+
+def step(optimizer: Adam, value: float = 1.0) -> None:
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, value)
+    optimizer.step()
+
+
+class StallingFiles(Files):
+    """Files that are slow to make what has a certain name.
+
+    Args:
+        name: The name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.stalls = threading.Event()
+        self.go_on = threading.Event()
+
+    def open(self, path: Path) -> int:
+        self._stall(path)
+        return super().open(path)
+
+    def make_folder(self, folder: Path) -> None:
+        self._stall(folder)
+        super().make_folder(folder)
+
+    def _stall(self, path: Path) -> None:
+        if path.name == self._name:
+            self.stalls.set()
+            assert self.go_on.wait(30)
+
+
+def options(worker_id: str, rank: int) -> ProxyOptions:
+    return ProxyOptions(worker_id=worker_id, rank=rank, bucket_bytes=1024, aggregation=Async())
+
+
+def begin(job: Job, member: Member) -> OpenPush:
+    """As its stream does with StepBegin."""
+    record = job.record(member.worker.worker_id)
+    return job.pushing.begin(
+        member,
+        sequence=record.next_sequence,
+        base_step=job.step,
+        group_count=1,
+        load_count=0,
+        layout_count=0,
+        micro=0,
+    )
+
+
+def push(job: Job, pushed: OpenPush, *bucket_ids: int) -> None:
+    for bucket_id in bucket_ids:
+        bucket = job.store.buckets[bucket_id]
+        elements = sum(piece.length for piece in bucket.slices)
+        job.pushing.push(pushed, bucket, [True] * len(bucket.slices), torch.ones(elements))
+
+
+def assert_same(job: Job, other: Job) -> None:
+    for index in range(len(job.store.parameters)):
+        assert torch.equal(job.store._values[index], other.store._values[index])
+        assert job.store.steps_of(index) == other.store.steps_of(index)
+        ours, theirs = job.store._state[index].tensors, other.store._state[index].tensors
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_job_that_is_created_while_another_of_its_name_is_being_removed_is_kept(tmp_path: Path) -> None:
+    """A snapshot of the one that goes is still being written: the new one's folder is not taken for its own."""
+    files = StallingFiles("data.safetensors")
+    with running_server(files=files, data_dir=str(tmp_path / "data")) as server:
+        with Adam([parameter()], server=server.address, job="j") as optimizer:
+            step(optimizer)
+        old = server.registry.get("j")
+        with ThreadPoolExecutor(3) as pool:
+            snapshot = pool.submit(server.registry.snapshot, "j")
+            assert files.stalls.wait(30)
+            removal = pool.submit(server.registry.delete, "j", force=True)
+            assert eventually(lambda: old.phase is JobPhase.DELETED)
+            creation = pool.submit(Adam, [parameter()], server=server.address, job="j")
+            # Where it does not wait for the other one's end, it is there long before.
+            wait([creation], timeout=0.5)
+            files.go_on.set()
+            optimizer = creation.result(30)
+            removal.result(30)
+            assert isinstance(snapshot.exception(30), JobDeletedError)
+        step(optimizer)
+        step(optimizer)
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        optimizer.close()
+    with recovered(tmp_path / "copy") as jobs:
+        assert jobs["j"].step == 2
+
+
+def test_workers_are_heard_of_while_the_folder_of_another_job_is_made(tmp_path: Path) -> None:
+    """Their leases do not end for that."""
+    files = StallingFiles("snapshots")
+    with running_server(files=files, data_dir=str(tmp_path / "data")) as server, ThreadPoolExecutor(2) as pool:
+        files.go_on.set()
+        with Adam([parameter()], server=server.address, job="j") as optimizer:
+            (member,) = server.registry.get("j").members()
+            files.stalls.clear()
+            files.go_on.clear()
+            creation = pool.submit(Adam, [parameter()], server=server.address, job="another")
+            assert files.stalls.wait(30)
+            hearing = pool.submit(server.registry.hear, "j", member.worker.worker_id, member.incarnation)
+            wait([hearing], timeout=10)
+            was_heard = hearing.done()
+            files.go_on.set()
+            creation.result(30).close()
+            assert was_heard
+            assert hearing.result()
+            step(optimizer)
+
+
+def test_a_private_job_that_its_worker_has_left_does_not_come_back(tmp_path: Path) -> None:
+    """The server died between the two: nobody would ever come to it again."""
+    with (
+        running_server(data_dir=str(tmp_path / "data")) as server,
+        Adam([parameter()], server=server.address) as optimizer,
+    ):
+        step(optimizer)
+        (job,) = server.registry.all()
+        (member,) = job.members()
+        assert job.settings.private
+        job.leave(member)
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        (folder,) = (tmp_path / "copy" / "jobs").iterdir()
+    with recovered(tmp_path / "copy") as jobs:
+        assert not jobs
+    assert not folder.exists()
