@@ -7,12 +7,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from optimd.client import Adam, Async, ProxyOptions
 from optimd.server.company import JobPhase
-from optimd.server.errors import JobDeletedError
+from optimd.server.errors import DataDirError, JobDeletedError
 from optimd.server.files import Files
 from optimd.server.job import Job
 from optimd.server.member import Member
@@ -157,3 +158,27 @@ def test_a_private_job_that_its_worker_has_left_does_not_come_back(tmp_path: Pat
     with recovered(tmp_path / "copy") as jobs:
         assert not jobs
     assert not folder.exists()
+
+
+def test_snapshots_of_a_server_without_a_journal_are_no_ground_for_a_later_journal_but_the_last(tmp_path: Path) -> None:
+    """A damaged one is not replaced by the one before it: the steps between them are nowhere."""
+    data, again = str(tmp_path / "data"), ProxyOptions(worker_id="w")
+    with (
+        running_server(data_dir=data, durability="snapshot") as server,
+        Adam([parameter()], server=server.address, job="j", options=again) as optimizer,
+    ):
+        for value in (1.0, -3.0):
+            step(optimizer, value)
+            optimizer.snapshot()
+    with (
+        running_server(data_dir=data) as server,
+        Adam([parameter()], server=server.address, job="j", options=again) as optimizer,
+    ):
+        step(optimizer, 2.0)
+        shutil.copytree(data, tmp_path / "copy")
+    newest = max((tmp_path / "copy" / "jobs").glob("*/snapshots/*"))
+    content = bytearray((newest / "data.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "data.safetensors").write_bytes(content)
+    with pytest.raises(DataDirError, match="the segments before this one are missing"), recovered(tmp_path / "copy"):
+        pass

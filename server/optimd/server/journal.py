@@ -23,6 +23,7 @@ from optimd.server.files import Part
 from optimd.server.log import Log, LogSyncError
 from optimd.server.member import Member
 from optimd.server.receipts import Receipt, encode_receipt
+from optimd.server.records import ALIGNMENT, length_of
 from optimd.server.store import StagedState, Store
 from optimd.v1 import job_pb2, journal_pb2, state_dict_pb2
 from optimd.wire.buffers import BufferValues, encode_buffer
@@ -499,6 +500,15 @@ class JobJournal:
         """A snapshot has all that was written before a position, and what stands behind that is synced."""
         if self._log is not None:
             self._log.begin_anew(position)
+
+    def begin_snapshot(self) -> None:
+        """A snapshot is about to be taken. Where nothing is written, it is at a position of its own.
+
+        Records that are written later belong to the last of such snapshots, and must not be taken for what follows on
+        one before it.
+        """
+        if self._log is None:
+            self._base += ALIGNMENT
 
     def drop_before(self, position: int) -> None:
         """Nobody needs records before a position any more. May raise OSError."""

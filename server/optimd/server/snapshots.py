@@ -155,6 +155,7 @@ class SnapshotTaker:
         parts, journal = self._job.parts, self._job.journal
         with lock:
             self.await_quiet()
+            journal.begin_snapshot()
             changes, store = journal.content_changes, parts.content.store
             buckets, parameters = list(store.buckets), list(store.parameters)
             begun = [round_.position for round_ in journal.rounds.values()]
