@@ -19,6 +19,7 @@ from optimd.server.job import Job
 from optimd.server.member import Member
 from optimd.server.pushing import OpenPush
 from tests.keptjobs import recovered
+from tests.lives import Lives
 from tests.support import eventually, running_server
 
 SIZE = 700
@@ -92,6 +93,21 @@ def assert_same(job: Job, other: Job) -> None:
         ours, theirs = job.store._state[index].tensors, other.store._state[index].tensors
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_worker_that_had_left_is_not_asked_for_buffers_in_the_next_life(tmp_path: Path) -> None:
+    """Nobody would answer, and who attaches them then would wait for that for ever."""
+    with Lives(tmp_path) as lives:
+        with Adam([parameter()], server=lives.address, job="j", options=options("a", 0)) as first:
+            first.attach_buffers(nn.BatchNorm1d(3))
+        with Adam([parameter()], server=lives.address, job="j", options=options("b", 1)) as second:
+            second.attach_buffers(nn.BatchNorm1d(3))
+            lives.die_and_resume()
+            step(second)
+            step(second)
+            asked = lives.server.registry.get("j").buffers._refresh.asked
+            assert asked is None or asked.worker_id == "b"
+    assert lives.deaths == 1
 
 
 def test_a_job_that_is_created_while_another_of_its_name_is_being_removed_is_kept(tmp_path: Path) -> None:
@@ -182,3 +198,47 @@ def test_snapshots_of_a_server_without_a_journal_are_no_ground_for_a_later_journ
     (newest / "data.safetensors").write_bytes(content)
     with pytest.raises(DataDirError, match="the segments before this one are missing"), recovered(tmp_path / "copy"):
         pass
+
+
+def test_what_a_lost_push_has_left_torn_is_levelled_when_the_last_push_of_before_is_over(tmp_path: Path) -> None:
+    """An asynchronous job: two were under way, one was lost, and the server died before the end of the other."""
+    with (
+        running_server(data_dir=str(tmp_path / "data")) as server,
+        Adam([parameter()], server=server.address, job="j", options=options("a", 0)),
+        Adam([parameter()], server=server.address, job="j", options=options("b", 1)),
+    ):
+        job = server.registry.get("j")
+        first, second = job.members()
+        assert len(job.store.buckets) == 3
+        push(job, begin(job, first), 0)
+        push(job, begin(job, second), 1)
+        job.leave(first)
+        assert job.step == 1
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    with recovered(tmp_path / "copy") as jobs:
+        job = jobs["j"]
+        assert job.store.steps_of(0) == [1.0, 1.0, 0.0]
+        (member,) = job.members()
+        member.alive = True
+        pushed = begin(job, member)
+        push(job, pushed, 0, 2)
+        job.pushing.end(pushed)
+        assert job.step == 2
+        assert job.store.steps_of(0) == [2.0, 2.0, 2.0]
+
+
+def test_the_options_of_each_worker_hold_for_its_pushes_in_the_next_life(tmp_path: Path) -> None:
+    """An asynchronous job, in which one that came later has a learning rate of its own."""
+    with (
+        Lives(tmp_path) as lives,
+        Adam([parameter()], lr=0.1, server=lives.address, job="j", options=options("a", 0)) as first,
+        Adam([parameter()], lr=0.1, server=lives.address, job="j", options=options("b", 1)) as second,
+    ):
+        second.param_groups[0]["lr"] = 0.5
+        for optimizer in (second, first):
+            step(optimizer)
+        assert lives.server.registry.get("j").groups[0]["lr"] == 0.1
+        lives.die_and_resume()
+        step(second)
+        assert lives.server.registry.get("j").groups[0]["lr"] == 0.5
+    assert lives.deaths == 1

@@ -291,6 +291,8 @@ class Pushing:
             deferred: As in `Stepper.restore`.
         """
         self._stepper_locked(owner).restore(round_, deferred)
+        # What others have left torn meanwhile, in an asynchronous job, waits for the end of this push.
+        self._torn = self._job.settings.is_async
 
     def deferred_locked(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """As `Stepper.deferred`, of all steps that are open."""
