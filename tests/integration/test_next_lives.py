@@ -13,11 +13,12 @@ from torch import nn
 
 from optimd.client import Adam, Async, ProxyOptions
 from optimd.server.company import JobPhase
-from optimd.server.errors import DataDirError, JobDeletedError
+from optimd.server.errors import DataDirError, JobDeletedError, UpdateRefusedError
 from optimd.server.files import Files
 from optimd.server.job import Job
 from optimd.server.member import Member
 from optimd.server.pushing import OpenPush
+from optimd.server.store import Store
 from tests.keptjobs import recovered
 from tests.lives import Lives
 from tests.support import eventually, running_server
@@ -242,3 +243,27 @@ def test_the_options_of_each_worker_hold_for_its_pushes_in_the_next_life(tmp_pat
         step(second)
         assert lives.server.registry.get("j").groups[0]["lr"] == 0.5
     assert lives.deaths == 1
+
+
+def test_a_bucket_that_could_not_be_applied_is_not_applied_in_the_next_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is the second of a segment, behind the one that says which that is."""
+
+    def apply(*_: object, **__: object) -> None:
+        raise RuntimeError("torch has had enough")
+
+    with (
+        running_server(data_dir=str(tmp_path / "data"), journal_segment_bytes=1) as server,
+        Adam([parameter()], server=server.address, job="j") as optimizer,
+    ):
+        step(optimizer)
+        job = server.registry.get("j")
+        (member,) = job.members()
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "apply", apply)
+            with pytest.raises(UpdateRefusedError, match="torch has had enough"):
+                push(job, begin(job, member), 0)
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        with recovered(tmp_path / "copy") as jobs:
+            assert_same(job, jobs["j"])

@@ -313,7 +313,7 @@ class JobJournal:
                 grad_scale=grad_scale,
                 in_server_dtype=reduced,
             )
-            self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient())])
+            position = self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient())])
             self.rounds[round_number].applied.append(applied)
         return position
 
@@ -579,23 +579,24 @@ class JobJournal:
         put = journal_pb2.PutTensors(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
         self._append(journal_pb2.JournalRecord(put_tensors=put), parts)
 
-    def _append(self, record: journal_pb2.JournalRecord, parts: Sequence[Part] = ()) -> None:
+    def _append(self, record: journal_pb2.JournalRecord, parts: Sequence[Part] = ()) -> int:
+        """Writes a record. Gives where it stands: behind the first of a segment, where it is the second there."""
         log = self._log
         if log is None:
-            return
+            return self._base
         message = record.SerializeToString()
         while True:
             if self.has_failed:
                 # One is missing: what stands behind it would make no sense.
                 raise StorageFailedError(f"job {self._job!r}: the server's journal could not be written")
             try:
-                log.append(message, parts)
+                end = log.append(message, parts)
             except OSError as error:
                 self._complain(error)
                 self._pause(error)
             else:
                 self._recovered()
-                return
+                return end - length_of(message, parts)
 
     def _complain(self, error: OSError) -> None:
         reason = error.strerror or str(error)
