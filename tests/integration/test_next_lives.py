@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from optimd.client import Adam, Async, ProxyOptions
+from optimd.server import Server
 from optimd.server.company import JobPhase
 from optimd.server.errors import DataDirError, JobDeletedError, UpdateRefusedError
 from optimd.server.files import Files
@@ -21,6 +23,7 @@ from optimd.server.pushing import OpenPush
 from optimd.server.store import Store
 from tests.keptjobs import recovered
 from tests.lives import Lives
+from tests.relay import Relay
 from tests.support import eventually, running_server
 
 SIZE = 700
@@ -267,3 +270,61 @@ def test_a_bucket_that_could_not_be_applied_is_not_applied_in_the_next_life(
         shutil.copytree(tmp_path / "data", tmp_path / "copy")
         with recovered(tmp_path / "copy") as jobs:
             assert_same(job, jobs["j"])
+
+
+def test_what_was_held_of_gradients_before_a_rewind_is_gone_in_the_next_life_too(tmp_path: Path) -> None:
+    """It is not added to what is held after it."""
+    p, q = parameter(), parameter()
+    local = torch.optim.Adam([q], lr=0.1, fused=True)
+    settings = ProxyOptions(worker_id="one", bucket_bytes=1024, on_rewind="follow", retry_timeout_s=20)
+
+    def give(value: float) -> None:
+        p.grad = torch.linspace(0, value, SIZE)
+
+    def successor(name: str) -> Server:
+        server = stack.enter_context(running_server(data_dir=str(tmp_path / name)))
+        relay.lead_to(server.address)
+        return server
+
+    with (
+        ExitStack() as stack,
+        running_server(data_dir=str(tmp_path / "data")) as server,
+        Relay(server.address) as relay,
+        Adam([p], lr=0.1, fused=True, server=relay.address, job="j", options=settings) as optimizer,
+    ):
+        give(5.0)
+        optimizer.accumulate()
+        shutil.copytree(tmp_path / "data", tmp_path / "early")
+        give(1.0)
+        optimizer.step()
+        (held,) = successor("early").registry.get("j").members()
+        assert held.held.micro == 1
+        give(2.0)
+        with pytest.warns(UserWarning, match="step 0"):
+            optimizer.step()
+        give(3.0)
+        optimizer.accumulate()
+        shutil.copytree(tmp_path / "early", tmp_path / "late")
+        successor("late")
+        give(4.0)
+        optimizer.step()
+        optimizer.close()
+    q.grad = torch.linspace(0, 3.0, SIZE) + torch.linspace(0, 4.0, SIZE)
+    local.step()
+    assert relay.cuts
+    assert torch.equal(p, q)
+
+
+def test_buffers_that_a_worker_was_told_are_held_outlive_a_power_loss(tmp_path: Path) -> None:
+    """Before any step."""
+    with (
+        Lives(tmp_path, volatile=True) as lives,
+        Adam([parameter()], server=lives.address, job="j") as optimizer,
+    ):
+        norm = nn.BatchNorm1d(3)
+        norm.get_buffer("running_mean").fill_(0.5)
+        optimizer.attach_buffers(norm)
+        lives.die_and_resume()
+        held = lives.server.registry.get("j").buffers.tensors()
+        assert torch.equal(held["running_mean"], torch.full((3,), 0.5))
+    assert lives.deaths == 1
