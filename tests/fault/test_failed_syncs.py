@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -187,15 +187,20 @@ def test_what_is_held_when_a_sync_fails_is_held_in_the_next_life(
     assert_alike((state, values), expected)
 
 
+@pytest.mark.parametrize("apply", ["atomic", "streaming"])
 def test_a_sum_that_the_open_push_has_been_added_to_is_lost_rather_than_added_to_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apply: Literal["atomic", "streaming"]
 ) -> None:
-    """Its worker is told, and computes it again. Steps are atomic: all of the push comes again."""
+    """Its worker is told, and computes it again. Nothing has been applied yet: all of the push comes again."""
     with Lives(tmp_path, volatile=True) as lives:
 
         def opened(rank: int) -> tuple[Adam, list[nn.Parameter]]:
             options = ProxyOptions(
-                rank=rank, world_size=2, bucket_bytes=1024, aggregation=Sync(world_size=2, deterministic=True)
+                rank=rank,
+                world_size=2,
+                bucket_bytes=1024,
+                aggregation=Sync(world_size=2, deterministic=True),
+                apply=apply,
             )
             params = parameters(sizes=SIZES)
             return Adam(params, lr=0.1, fused=True, server=lives.address, job="job", options=options), params

@@ -319,9 +319,9 @@ class Storage:
                 [
                     (member, company.record(member.worker.worker_id).next_sequence)
                     for member in company.members.values()
-                    # What comes again if this server dies, as all of a push that counts only as a whole does, must not
-                    # be there already.
-                    if job.settings.apply == "streaming" or not member.held.has_given
+                    # What comes again if this server dies, as all of a push does that is not applied as it comes, must
+                    # not be there already.
+                    if job.settings.applies_at_once or not member.held.has_given
                 ],
                 job.pushing.deferred_locked(),
                 job.store,
