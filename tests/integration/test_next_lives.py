@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, Async, ProxyOptions
-from optimd.server import Server
+from optimd.client import Adam, Async, OptimdError, ProxyOptions
+from optimd.server import Server, storage
 from optimd.server.company import JobPhase
 from optimd.server.errors import DataDirError, JobDeletedError, UpdateRefusedError
 from optimd.server.files import Files
@@ -270,6 +270,36 @@ def test_a_bucket_that_could_not_be_applied_is_not_applied_in_the_next_life(
         shutil.copytree(tmp_path / "data", tmp_path / "copy")
         with recovered(tmp_path / "copy") as jobs:
             assert_same(job, jobs["j"])
+
+
+def test_a_step_that_cannot_be_taken_back_for_lack_of_memory_stays_as_far_as_it_was_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both as one: the job as it was may not fit on the device beside the job as it is."""
+    with running_server(data_dir=str(tmp_path / "data")) as server:
+
+        def recover(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("no room on the device")
+
+        once = ProxyOptions(worker_id="one", bucket_bytes=1024)
+        optimizer = Adam([parameter()], server=server.address, job="j", options=once)
+        job = server.registry.get("j")
+        (member,) = job.members()
+        push(job, begin(job, member), 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(storage, "recover", recover)
+            job.leave(member)
+        assert "stays as far as it was applied" in caplog.text
+        with pytest.raises(OptimdError):
+            step(optimizer)
+        optimizer.close()
+        with Adam([parameter()], server=server.address, job="j", options=once) as successor:
+            step(successor)
+            assert job.step == 1
+            shutil.copytree(tmp_path / "data", tmp_path / "copy")
+            with recovered(tmp_path / "copy") as jobs:
+                assert not jobs["j"].journal.rounds
+                assert_same(job, jobs["j"])
 
 
 def test_what_was_held_of_gradients_before_a_rewind_is_gone_in_the_next_life_too(tmp_path: Path) -> None:

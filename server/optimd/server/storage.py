@@ -346,7 +346,7 @@ class Storage:
                     accept_loss=False,
                     taken_back={round_number},
                 )
-            except (DataDirError, OSError) as error:
+            except (DataDirError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                 # A snapshot that is being taken may just have replaced what was looked at.
                 _log.warning("job %s: its last commit could not be loaded: %s", kept.kept.job, error)
             else:
