@@ -304,6 +304,10 @@ class Storage:
             OSError: it cannot be written.
             RequestError: the job went away, or the server stops.
         """
+        if kept.job is not None:
+            with kept.job.parts.changed:
+                # A snapshot that waits for the end of a step waits no more.
+                kept.job.parts.changed.notify_all()
         with kept.taking:
             # Unless another one that waited for the sync has done so.
             if kept.job is not None and not kept.job.journal.is_sound:
