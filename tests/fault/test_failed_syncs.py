@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
-from optimd.client import AccumulationLostError, Adam, ProxyOptions, Sync, statetransfer
+from optimd.client import AccumulationLostError, Adam, OptimdError, ProxyOptions, Sync, statetransfer
 from optimd.client.parameters import FlatReader
 from optimd.server import journal
 from optimd.server.snapshotfile import SnapshotWriter
 from optimd.wire.layout import Bucket
-from tests.keptjobs import gradients, parameters
+from tests.faultfiles import FailingFiles
+from tests.keptjobs import gradients, parameters, recovered
 from tests.lives import Lives
-from tests.support import assert_alike, eventually, in_threads
+from tests.support import assert_alike, eventually, in_threads, running_server
 
 SIZES = (1500, 5, 300)
 OPTIONS = ProxyOptions(bucket_bytes=1024, apply="streaming")
@@ -187,15 +191,20 @@ def test_what_is_held_when_a_sync_fails_is_held_in_the_next_life(
     assert_alike((state, values), expected)
 
 
+@pytest.mark.parametrize("apply", ["atomic", "streaming"])
 def test_a_sum_that_the_open_push_has_been_added_to_is_lost_rather_than_added_to_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apply: Literal["atomic", "streaming"]
 ) -> None:
-    """Its worker is told, and computes it again. Steps are atomic: all of the push comes again."""
+    """Its worker is told, and computes it again. Nothing has been applied yet: all of the push comes again."""
     with Lives(tmp_path, volatile=True) as lives:
 
         def opened(rank: int) -> tuple[Adam, list[nn.Parameter]]:
             options = ProxyOptions(
-                rank=rank, world_size=2, bucket_bytes=1024, aggregation=Sync(world_size=2, deterministic=True)
+                rank=rank,
+                world_size=2,
+                bucket_bytes=1024,
+                aggregation=Sync(world_size=2, deterministic=True),
+                apply=apply,
             )
             params = parameters(sizes=SIZES)
             return Adam(params, lr=0.1, fused=True, server=lives.address, job="job", options=options), params
@@ -239,3 +248,36 @@ def test_a_sum_that_the_open_push_has_been_added_to_is_lost_rather_than_added_to
         param.grad = ((grads[0] + grads[1]) + (grads[2] + grads[3])) / 2
     theirs.step()
     assert_alike(values, [param.detach() for param in local])
+
+
+def test_a_snapshot_that_waits_for_an_open_step_does_not_keep_a_failed_sync_from_being_stood_in_for(
+    tmp_path: Path,
+) -> None:
+    """Its worker may be waiting for that, to go on with the step."""
+    files = FailingFiles()
+    with (
+        running_server(files=files, data_dir=str(tmp_path / "data"), drain_timeout_s=0.2) as server,
+        Adam(
+            parameters(), lr=0.1, server=server.address, job="job", options=ProxyOptions(bucket_bytes=1024)
+        ) as optimizer,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        job = server.registry.get("job")
+        (member,) = job.members()
+        pushed = job.pushing.begin(
+            member, sequence=0, base_step=0, group_count=1, load_count=0, layout_count=0, micro=0
+        )
+        bucket = job.store.buckets[0]
+        job.pushing.push(pushed, bucket, [True], torch.ones(bucket.slices[0].length))
+        snapshot = pool.submit(server.registry.snapshot, "job")
+        assert eventually(lambda: bool([*(tmp_path / "data").glob("jobs/*/snapshots/making/manifest")]))
+        fault = files.fail("sync", below="/journal/")
+        pool.submit(job.journal.await_durable).result(30)
+        assert fault.fired == 1
+        assert snapshot.result(30).step == 0
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        with recovered(tmp_path / "copy") as jobs:
+            assert [len(opened.applied) for opened in jobs["job"].journal.rounds.values()] == [1]
+        server.registry.delete("job", force=True)
+        with suppress(OptimdError):
+            optimizer.close()

@@ -232,6 +232,19 @@ def test_a_streamed_step_that_was_applied_in_part_goes_on_after_a_restart() -> N
     assert aggregator.end(B) == [Commit(8, (A, B, C), (C,))]
 
 
+def test_who_was_not_awaited_in_a_streamed_step_comes_too_late_after_a_restart_too() -> None:
+    """What was applied without its gradients is not applied again with them, and nobody waits for it."""
+    aggregator = SyncAggregator(world_size=2, streaming=True)
+    aggregator.restore(step=7, live=[A, B], absent=[], formed=True)
+    aggregator.restore_step({0: [A]})
+    assert not aggregator.begin(B, 7)
+    assert aggregator.push(A, 1) == [ApplyBucket(1, (A,))]
+    assert aggregator.end(A) == [Commit(8, (A,))]
+    assert aggregator.begin(A, 8)
+    assert aggregator.begin(B, 8)
+    assert aggregator.push(A, 0) == []
+
+
 def test_a_step_closed_without_workers_names_only_those_whose_gradients_are_in() -> None:
     """A push of which nothing was applied is not in the step, whose ever it was."""
     aggregator = begun(A, B, streaming=True)

@@ -266,12 +266,14 @@ class SyncAggregator:
     def restore_step(self, applied: Mapping[int, Collection[Worker]]) -> None:
         """Goes on in a streamed step of which these buckets have been applied, with these contributors.
 
-        Nothing else of it is there: who is in the job still has to come back and push the rest.
+        Nothing else of it is there: who is in the job still has to come back and push the rest. Who is not in what has
+        been applied was not awaited, and comes too late.
         """
         self._pushed = {bucket_id: set(workers) for bucket_id, workers in applied.items()}
         self._applied = set(applied)
         self._begun = set().union(*self._pushed.values())
         self._torn = self._begun - self._live
+        self._left_behind = self._live - self._begun
 
     @property
     def absent(self) -> frozenset[Worker]:

@@ -45,6 +45,7 @@ def attach_buffers(incoming: Incoming, job: Job, member: Member, *, max_bytes: i
         for offset, parts in held.chunks(job.settings.bucket_bytes):
             chunk = tensor_pb2.BufferChunk(offset=offset)
             yield encode(training_pb2.TrainResponse(buffer_chunk=chunk), parts)
+    job.journal.await_durable()
     yield encode(training_pb2.TrainResponse(buffers_held=training_pb2.BuffersHeld()))
 
 
@@ -80,6 +81,7 @@ def push_buffers(incoming: Incoming, job: Job, member: Member) -> Iterator[bytes
     """
     buffers = job.buffers.check_asked(member)
     job.buffers.hold(member, _receive(incoming, buffers, job.settings.bucket_bytes))
+    job.journal.await_durable()
     yield encode(training_pb2.TrainResponse(buffers_held=training_pb2.BuffersHeld()))
 
 

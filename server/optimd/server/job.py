@@ -495,7 +495,7 @@ class Job:
         member.take_over(former)
         if member.rewound:
             # They are of parameters that are gone.
-            member.held.forget()
+            self.pushing.forget_held_locked(member)
         self._company.members[member.worker] = member
         member.place = self._company.membership.resume(member.worker, now=time.monotonic())
         former.cancel()

@@ -23,6 +23,7 @@ from optimd.server.files import Part
 from optimd.server.log import Log, LogSyncError
 from optimd.server.member import Member
 from optimd.server.receipts import Receipt, encode_receipt
+from optimd.server.records import ALIGNMENT, length_of
 from optimd.server.store import StagedState, Store
 from optimd.v1 import job_pb2, journal_pb2, state_dict_pb2
 from optimd.wire.buffers import BufferValues, encode_buffer
@@ -312,7 +313,7 @@ class JobJournal:
                 grad_scale=grad_scale,
                 in_server_dtype=reduced,
             )
-            self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient())])
+            position = self._append(journal_pb2.JournalRecord(bucket_applied=applied), [bytes_of(gradient())])
             self.rounds[round_number].applied.append(applied)
         return position
 
@@ -500,6 +501,15 @@ class JobJournal:
         if self._log is not None:
             self._log.begin_anew(position)
 
+    def begin_snapshot(self) -> None:
+        """A snapshot is about to be taken. Where nothing is written, it is at a position of its own.
+
+        Records that are written later belong to the last of such snapshots, and must not be taken for what follows on
+        one before it.
+        """
+        if self._log is None:
+            self._base += ALIGNMENT
+
     def drop_before(self, position: int) -> None:
         """Nobody needs records before a position any more. May raise OSError."""
         if self._log is not None:
@@ -569,23 +579,24 @@ class JobJournal:
         put = journal_pb2.PutTensors(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
         self._append(journal_pb2.JournalRecord(put_tensors=put), parts)
 
-    def _append(self, record: journal_pb2.JournalRecord, parts: Sequence[Part] = ()) -> None:
+    def _append(self, record: journal_pb2.JournalRecord, parts: Sequence[Part] = ()) -> int:
+        """Writes a record. Gives where it stands: behind the first of a segment, where it is the second there."""
         log = self._log
         if log is None:
-            return
+            return self._base
         message = record.SerializeToString()
         while True:
             if self.has_failed:
                 # One is missing: what stands behind it would make no sense.
                 raise StorageFailedError(f"job {self._job!r}: the server's journal could not be written")
             try:
-                log.append(message, parts)
+                end = log.append(message, parts)
             except OSError as error:
                 self._complain(error)
                 self._pause(error)
             else:
                 self._recovered()
-                return
+                return end - length_of(message, parts)
 
     def _complain(self, error: OSError) -> None:
         reason = error.strerror or str(error)

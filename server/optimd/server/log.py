@@ -158,7 +158,9 @@ class Log:
         if not self._durable and len(self._unsynced) > _MOST_UNSYNCED and self._syncing.acquire(blocking=False):
             # Nobody waits for its sync.
             with self._lock:
-                self._files.close(self._unsynced.pop(0).descriptor)
+                # A sync that has just ended may have left none but the one that is written to.
+                if len(self._unsynced) > _MOST_UNSYNCED:
+                    self._files.close(self._unsynced.pop(0).descriptor)
             self._syncing.release()
         return segment
 

@@ -57,6 +57,8 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
     except (UpdateRefusedError, AccumulationLostError, LimitExceededError, StepTimeoutError) as error:
         # Nothing has begun yet: the push is read to its end, and the stream goes on.
         incoming.skip_to("step_end", "pushed", "bucket")
+        # What it is told is lost must not be there again.
+        job.journal.await_durable()
         yield refusal(error)
         return
     try:
@@ -149,6 +151,7 @@ def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: trai
         )
     except (LimitExceededError, AccumulationLostError) as error:
         incoming.skip_to("accumulate_end", "bucket")
+        job.journal.await_durable()
         yield refusal(error)
         return
 

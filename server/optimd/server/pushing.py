@@ -132,7 +132,7 @@ class Pushing:
             )
             if micro != member.held.micro or (member.held.spent and not resumes):
                 held = 0 if member.held.spent else member.held.micro
-                self._forget_held_locked(member)
+                self.forget_held_locked(member)
                 raise AccumulationLostError(
                     f"rank {member.worker.rank} has accumulated {micro} times for this step, the server holds {held}: "
                     "compute the gradients again"
@@ -291,6 +291,8 @@ class Pushing:
             deferred: As in `Stepper.restore`.
         """
         self._stepper_locked(owner).restore(round_, deferred)
+        # What others have left torn meanwhile, in an asynchronous job, waits for the end of this push.
+        self._torn = self._job.settings.is_async
 
     def deferred_locked(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """As `Stepper.deferred`, of all steps that are open."""
@@ -403,8 +405,9 @@ class Pushing:
         receipt = self._job.company.record(push.member.worker.worker_id).receipt
         return receipt if receipt is not None and receipt.sequence == push.sequence else None
 
-    def _forget_held_locked(self, member: Member) -> None:
-        if member.held.micro:
+    def forget_held_locked(self, member: Member) -> None:
+        """What is held for a worker's next push is of no use: counting starts anew."""
+        if member.held.micro or member.held.nbytes:
             self._job.journal.accumulation_ended(member.worker, 0, discards=True)
         member.held.forget()
 

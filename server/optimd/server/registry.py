@@ -158,9 +158,9 @@ class JobRegistry:
         return [job for job in jobs if job.is_due(now)]
 
     def hear(self, name: str, worker_id: str, incarnation: int) -> bool:
-        """A worker is alive. Returns whether it is in its job. Does not wait for the job."""
-        with self._lock:
-            job = self._jobs.get(name)
+        """A worker is alive. Returns whether it is in its job. Does not wait."""
+        # Without the lock, which is held while a job's folder is made or removed: others' leases do not wait for that.
+        job = self._jobs.get(name)
         return job is not None and job.hear(worker_id, incarnation)
 
     def _drop_if_over(self, job: Job) -> None:
@@ -265,6 +265,8 @@ class JobRegistry:
         if self.storage is not None:
             for job in self.storage.recover(self._make):
                 self._jobs[job.name] = job
+                # Its worker had left, and the server died before the job was gone.
+                self._drop_if_over(job)
 
     def begin(self) -> None:
         """Workers can come from now on: until then nothing could be heard of those that were in a job."""

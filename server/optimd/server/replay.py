@@ -297,13 +297,18 @@ class Replay:
             worker = self._workers[message.number]
             (self._parts.aggregator.lose if message.lost else self._parts.aggregator.leave)(worker)
             self._parts.company.membership.leave(worker)
-            self._parts.company.members.pop(worker, None)
+            member = self._parts.company.members.pop(worker, None)
+            if member is not None:
+                self._parts.buffers.leave_locked(member)
             self._parts.journal.held_from.pop(message.number, None)
 
     # --- rounds
 
     def _round_settled(self, message: journal_pb2.RoundSettled, record: Record) -> None:
         self._parts.journal.last_round = max(self._parts.journal.last_round, message.round)
+        owner = self._member(message.owner) if message.spoken else None
+        if owner is not None:
+            owner.speaks = True
         self._begin_round(OpenRound(message, record.position))
 
     def _bucket_applied(self, message: journal_pb2.BucketApplied, record: Record) -> None:

@@ -38,3 +38,8 @@ class JobSettings:
     def holds_apart(self) -> bool:
         """Whether the gradients of each worker are held apart until they are reduced."""
         return self.deterministic or self.backup_workers > 0
+
+    @property
+    def applies_at_once(self) -> bool:
+        """Whether each bucket of a push is applied as it comes, since nobody else's gradients are awaited for it."""
+        return self.apply == "streaming" and (self.is_async or self.world_size == 1)

@@ -22,6 +22,7 @@ from optimd.server.errors import JobDeletedError
 from optimd.server.files import Files
 from optimd.server.job import Job
 from optimd.server.kept import describe_environment, describe_locked
+from optimd.server.log import LogSyncError
 from optimd.server.readers import ReadHold
 from optimd.server.snapshotfile import FORMAT_VERSION, DataLayout, SnapshotReader, SnapshotWriter, encode_present
 from optimd.v1 import journal_pb2, snapshot_pb2
@@ -155,6 +156,7 @@ class SnapshotTaker:
         parts, journal = self._job.parts, self._job.journal
         with lock:
             self.await_quiet()
+            journal.begin_snapshot()
             changes, store = journal.content_changes, parts.content.store
             buckets, parameters = list(store.buckets), list(store.parameters)
             begun = [round_.position for round_ in journal.rounds.values()]
@@ -227,7 +229,12 @@ class SnapshotTaker:
         """
         parts, journal = self._job.parts, self._job.journal
         if isinstance(parts.aggregator, SyncAggregator):
-            parts.company.wait(None, lambda: journal.rounds.keys().isdisjoint(rounds), _QUIET_TIMEOUT_S)
+            parts.company.wait(
+                None, lambda: journal.rounds.keys().isdisjoint(rounds) or not journal.is_sound, _QUIET_TIMEOUT_S
+            )
+            if not journal.is_sound:
+                # The step's workers may be waiting for what stands in for the sync, which waits for this.
+                raise LogSyncError("a sync of the journal has failed meanwhile")
             if journal.takings_back != takings_back:
                 raise _ChangedMeanwhileError
 

@@ -92,11 +92,17 @@ class Storage:
     # --- jobs
 
     def create(self, name: str, settings: JobSettings) -> JobJournal:
-        """A folder and a journal for a new job. What an earlier one of that name has left is removed.
+        """A folder and a journal for a new job. What an earlier one of that name has left is removed, as by `forget`.
 
         Raises:
             StorageFailedError: it cannot be made.
         """
+        with self._lock:
+            former = self._kept.get(name)
+        if former is not None and former.job is not None:
+            # Another thread is about to remove it, and its folder has the new one's name.
+            former.job.delete()
+            self.forget(former.job)
         folder = self._dir.job_folder(name)
         kept = _Kept(folder, describe_job(name, uuid.uuid4().hex, settings))
         try:
@@ -124,17 +130,23 @@ class Storage:
         _take_steps_back(job)
 
     def forget(self, job: Job) -> None:
-        """A job is gone, for good: so is its folder. May be called more than once."""
+        """A job is gone, for good: so is its folder. Waits for a snapshot that is under way. May be called again."""
         with self._lock:
             kept = self._kept.get(job.name)
-            if kept is None or kept.job is not job:
-                return
-            del self._kept[job.name]
+        if kept is None or kept.job is not job:
+            return
         with kept.taking:
+            with self._lock:
+                if self._kept.get(job.name) is not kept:
+                    return
             try:
                 self._dir.remove_job(kept.folder)
             except OSError as error:
                 _log.warning("job %s: its folder %s could not be removed: %s", job.name, kept.folder, error)
+            finally:
+                # Not before: the folder of another job of this name would be removed.
+                with self._lock:
+                    del self._kept[job.name]
 
     def recover(self, make_job: Callable[[str, JobSettings, JobJournal], Job]) -> list[Job]:
         """Brings all jobs back. Says in the log what was found, and what was made of it.
@@ -292,6 +304,10 @@ class Storage:
             OSError: it cannot be written.
             RequestError: the job went away, or the server stops.
         """
+        if kept.job is not None:
+            with kept.job.parts.changed:
+                # A snapshot that waits for the end of a step waits no more.
+                kept.job.parts.changed.notify_all()
         with kept.taking:
             # Unless another one that waited for the sync has done so.
             if kept.job is not None and not kept.job.journal.is_sound:
@@ -307,9 +323,9 @@ class Storage:
                 [
                     (member, company.record(member.worker.worker_id).next_sequence)
                     for member in company.members.values()
-                    # What comes again if this server dies, as all of a push that counts only as a whole does, must not
-                    # be there already.
-                    if job.settings.apply == "streaming" or not member.held.has_given
+                    # What comes again if this server dies, as all of a push does that is not applied as it comes, must
+                    # not be there already.
+                    if job.settings.applies_at_once or not member.held.has_given
                 ],
                 job.pushing.deferred_locked(),
                 job.store,
@@ -334,7 +350,7 @@ class Storage:
                     accept_loss=False,
                     taken_back={round_number},
                 )
-            except (DataDirError, OSError) as error:
+            except (DataDirError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                 # A snapshot that is being taken may just have replaced what was looked at.
                 _log.warning("job %s: its last commit could not be loaded: %s", kept.kept.job, error)
             else:
@@ -367,7 +383,10 @@ class Storage:
     def _has_news(self, job: Job) -> bool:
         """Whether a job has changed since its last snapshot, if it has any."""
         with self._lock:
-            kept = self._kept[job.name]
+            kept = self._kept.get(job.name)
+        if kept is None:
+            # Its last worker has left this very moment.
+            return False
         position = job.journal.position
         return not kept.has_snapshot or (job.step, position) != (kept.taken_step, kept.taken_position)
 
