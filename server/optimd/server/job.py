@@ -579,11 +579,11 @@ class Job:
         except Exception as error:  # noqa: BLE001  # the others hear of it in their steps; who is lost has nobody
             _log.warning("job %s: the step failed when a worker was lost: %s", self.name, error)
 
-    def _contribution_locked(self, worker: Worker) -> tuple[int, int]:
-        """The sequence number and the staleness of a worker's open push."""
+    def _contribution_locked(self, worker: Worker) -> tuple[int, int, bool]:
+        """The sequence number and the staleness of a worker's open push, and whether its options count."""
         member = self._company.members.get(worker)
         sequence = self._company.record(worker.worker_id).next_sequence
-        return sequence, member.staleness if member is not None else 0
+        return (sequence, 0, False) if member is None else (sequence, member.staleness, member.speaks)
 
     def _check_room_locked(self, nbytes: int, what: str) -> None:
         taken = self._content.full_bytes + self.buffers.nbytes_locked

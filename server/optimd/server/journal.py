@@ -74,7 +74,7 @@ class JobJournal:
         self._given_up = threading.Event()
         self._repair: Callable[[], None] = lambda: None
         self._load_last_commit: Callable[[int], Store | None] = lambda _: None
-        self._contribution: Callable[[Worker], tuple[int, int]] = lambda _: (0, 0)
+        self._contribution: Callable[[Worker], tuple[int, int, bool]] = lambda _: (0, 0, False)
         # All below: guarded by the job's lock.
         self.numbers: dict[Worker, int] = {}
         """The number of each worker's last process."""
@@ -93,8 +93,8 @@ class JobJournal:
         self.trouble = ""
         """Why nothing can be written just now; empty where it can."""
 
-    def describe_contributions(self, tell: Callable[[Worker], tuple[int, int]]) -> None:
-        """Has `tell` give the sequence number and the staleness of a worker's open push, with the job's lock held."""
+    def describe_contributions(self, tell: Callable[[Worker], tuple[int, int, bool]]) -> None:
+        """Has `tell` give sequence number and staleness of a worker's open push, and whether its options count."""
         self._contribution = tell
 
     @property
@@ -376,6 +376,10 @@ class JobJournal:
             self.content_changes += 1
             self.takings_back += 1
 
+    def buckets_belong_together(self) -> None:
+        """Buckets are updated by their parameters: copies that were made of some of them do not fit the others."""
+        self.content_changes += 1
+
     def steps_levelled(self) -> None:
         """Parameters whose slices stood at several steps have been brought to one."""
         if self.is_kept:
@@ -564,9 +568,11 @@ class JobJournal:
     def _contributions(self, workers: Sequence[Worker]) -> list[journal_pb2.Contribution]:
         contributions = []
         for worker in workers:
-            sequence, staleness = self._contribution(worker)
+            sequence, staleness, speaks = self._contribution(worker)
             contributions.append(
-                journal_pb2.Contribution(number=self.numbers[worker], sequence=sequence, staleness=staleness)
+                journal_pb2.Contribution(
+                    number=self.numbers[worker], sequence=sequence, staleness=staleness, speaks=speaks
+                )
             )
         return contributions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 JOURNAL: Final = "journal"
 SNAPSHOTS: Final = "snapshots"
+_SNAPSHOT_NAME: Final = re.compile(r"\d{8,}-step-\d+")
 FORMAT_VERSION: Final = 1
 
 _REMEDY: Final = (
@@ -117,7 +119,7 @@ def recover(
 
 def snapshot_names(files: Files, folder: Path) -> list[str]:
     """The names of a job's snapshots, from the oldest to the newest."""
-    return [name for name in files.names(folder / SNAPSHOTS) if name != MAKING]
+    return [name for name in files.names(folder / SNAPSHOTS) if _SNAPSHOT_NAME.fullmatch(name)]
 
 
 def _bring_back(

@@ -367,6 +367,7 @@ class Replay:
             member = company.members.get(worker)
             if member is not None:
                 member.own_steps += 1
+                member.speaks = part.speaks
             self._answer(worker, part, message.step, outcome, told)
         for part in message.skipped:
             self._answer(self._workers[part.number], part, message.step, Outcome.SKIPPED_NONFINITE, told)

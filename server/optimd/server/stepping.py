@@ -322,6 +322,7 @@ class Stepper:
             accumulator.clear()
         else:
             round_.applying = None
+            self._journal.buckets_belong_together()
             self._deferred.add(bucket.bucket_id)
 
     def _begin_copy(self, decisions: Sequence[Decision]) -> None:
@@ -358,6 +359,8 @@ class Stepper:
 
     def _apply_deferred(self, round_: Round) -> None:
         """Steps whole parameters with the gradients in the accumulators of their buckets."""
+        if self._deferred:
+            self._journal.buckets_belong_together()
         indices = {piece.parameter for bucket_id in self._deferred for piece in self._store.buckets[bucket_id].slices}
         for index in sorted(indices):
             places = [

@@ -142,14 +142,16 @@ class WorkerLeft(_message.Message):
     def __init__(self, number: _Optional[int] = ..., lost: bool = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("number", "sequence", "staleness")
+    __slots__ = ("number", "sequence", "staleness", "speaks")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
+    SPEAKS_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequence: int
     staleness: int
-    def __init__(self, number: _Optional[int] = ..., sequence: _Optional[int] = ..., staleness: _Optional[int] = ...) -> None: ...
+    speaks: bool
+    def __init__(self, number: _Optional[int] = ..., sequence: _Optional[int] = ..., staleness: _Optional[int] = ..., speaks: bool = ...) -> None: ...
 
 class RoundSettled(_message.Message):
     __slots__ = ("round", "atomic", "owner", "groups", "spoken")
