@@ -358,3 +358,25 @@ def test_buffers_that_a_worker_was_told_are_held_outlive_a_power_loss(tmp_path: 
         held = lives.server.registry.get("j").buffers.tensors()
         assert torch.equal(held["running_mean"], torch.full((3,), 0.5))
     assert lives.deaths == 1
+
+
+def test_a_worker_that_has_changed_an_option_has_a_say_in_the_next_life_too(tmp_path: Path) -> None:
+    """It joined as a newcomer, whose options do not count before that."""
+
+    def options(rank: int) -> ProxyOptions:
+        return ProxyOptions(rank=rank, worker_id=f"w{rank}", world_size="elastic", bucket_bytes=1024)
+
+    with (
+        running_server(data_dir=str(tmp_path / "data"), fsync="never") as server,
+        ThreadPoolExecutor(2) as pool,
+        Adam([parameter()], server=server.address, job="j", options=options(0)) as first,
+        Adam([parameter()], server=server.address, job="j", options=options(1)) as second,
+    ):
+        for changes in (False, True):
+            if changes:
+                first.param_groups[0]["lr"] = second.param_groups[0]["lr"] = 0.5
+            list(pool.map(step, (first, second)))
+            shutil.copytree(tmp_path / "data", tmp_path / f"copy-{changes}")
+    for changes in (False, True):
+        with recovered(tmp_path / f"copy-{changes}") as jobs:
+            assert {member.worker.rank: member.speaks for member in jobs["j"].members()} == {0: True, 1: changes}
