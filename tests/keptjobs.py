@@ -195,6 +195,19 @@ def recovered(data_dir: Path, *, files: Files | None = None, **settings: Any) ->
         data.close()
 
 
+def contents(job: Job) -> list[tuple[torch.Tensor, list[float], dict[str, torch.Tensor]]]:
+    """Of each parameter of a job its value, the step counters of its slices, and its state."""
+    store = job.store
+    return [
+        (
+            store._values[index].clone(),
+            store.steps_of(index),
+            {name: tensor.clone() for name, tensor in sorted(store._state[index].tensors.items())},
+        )
+        for index in range(len(store.parameters))
+    ]
+
+
 def assert_is_one_of(job: Job, points: Sequence[Point], worker_id: str | None = None) -> int:
     """A job is what it was at one of some moments, bit for bit, or on its way from one to the next.
 

@@ -57,6 +57,11 @@ class GradientAccumulator:
         return 0 if self._sum is None else self._sum.nbytes
 
     @property
+    def is_reduced(self) -> bool:
+        """Whether `reduced` has been called since `clear`."""
+        return self._reduced
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing has been added."""
         return not any(self.present)

@@ -301,7 +301,9 @@ class Stepper:
 
     def _reduced(self, bucket: Bucket, contributors: tuple[Worker, ...]) -> list[torch.Tensor]:
         separate = self._separate.get(bucket.bucket_id)
-        if separate is not None and not separate.is_empty:
+        known = self._accumulators.get(bucket.bucket_id)
+        # Once: what is left apart then is of workers that came too late.
+        if separate is not None and not separate.is_empty and not (known is not None and known.is_reduced):
             self._accumulators[bucket.bucket_id] = separate.add_up(contributors)
         return self._accumulator(bucket).reduced(len(contributors) if self._mean else 1)
 
