@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from optimd.client import Adam, ConnectionLostError, JobDeletedError, ProxyOptions, Sync
-from optimd.server import Server, errors, journal
+from optimd.server import Server, errors, recordwriter
 from tests.faultfiles import FailingFiles, Fault, Operation, VolatileFiles, nothing
 from tests.keptjobs import Mirror, Point, assert_is_one_of, recovered
 from tests.support import eventually, in_threads, running_server
@@ -30,7 +30,7 @@ PROMISE = "Nothing is acknowledged until it can, and nothing is lost"
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job looks at once whether its disk can be written to again."""
-    monkeypatch.setattr(journal, "_RETRY_S", 0.002)
+    monkeypatch.setattr(recordwriter, "_RETRY_S", 0.002)
 
 
 def opened(server: Server, job: str) -> Mirror:

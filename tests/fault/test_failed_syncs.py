@@ -16,7 +16,7 @@ from torch import nn
 
 from optimd.client import AccumulationLostError, Adam, OptimdError, ProxyOptions, Sync, statetransfer
 from optimd.client.parameters import FlatReader
-from optimd.server import journal
+from optimd.server import recordwriter
 from optimd.server.snapshotfile import SnapshotWriter
 from optimd.wire.layout import Bucket
 from tests.faultfiles import FailingFiles
@@ -30,7 +30,7 @@ OPTIONS = ProxyOptions(bucket_bytes=1024, apply="streaming")
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "_RETRY_S", 0.002)
+    monkeypatch.setattr(recordwriter, "_RETRY_S", 0.002)
 
 
 class Stall:

@@ -1,13 +1,11 @@
 """A job's journal: what the job does, written down before it is done.
 
-The methods say what happens in the words of the job, and are called with its lock held; `await_durable` and what reads
-are not. Where a record cannot be written, the job waits, lock and all, until it can: nothing of it is lost or
-acknowledged meanwhile, and other jobs go on.
+The methods say what happens in the words of the job, and are called with its lock held. How records get to the disk,
+and what happens where they do not, is `recordwriter.py`'s.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +16,11 @@ import torch
 from optimd.server import update
 from optimd.server.aggregation import Commit, Skip, Worker
 from optimd.server.content import Brought
-from optimd.server.errors import StorageFailedError
 from optimd.server.files import Part
-from optimd.server.log import Log, LogSyncError
+from optimd.server.log import Log
 from optimd.server.member import Member
 from optimd.server.receipts import Receipt, encode_receipt
-from optimd.server.records import ALIGNMENT, length_of
+from optimd.server.recordwriter import RecordWriter
 from optimd.server.store import StagedState, Store
 from optimd.v1 import job_pb2, journal_pb2, state_dict_pb2
 from optimd.wire.buffers import BufferValues, encode_buffer
@@ -32,9 +29,6 @@ from optimd.wire.layout import Bucket, encode_bucket, encode_parameter, pack_pre
 from optimd.wire.param_groups import encode_group
 from optimd.wire.tensors import bytes_of
 
-_log = logging.getLogger(__name__)
-
-_RETRY_S: Final = 0.25
 _BUFFER_CHUNK_BYTES: Final = 1 << 20
 
 
@@ -48,14 +42,14 @@ class OpenRound:
     applied: list[journal_pb2.BucketApplied] = field(default_factory=list)
 
 
-class JobJournal:
-    """Writes one job's records. Without a log it writes none, and all of it costs nothing.
+class JobJournal(RecordWriter):
+    """What a job says to its records, in its own words. Without a log all of it costs nothing.
 
     Args:
-        job: The job's name, for messages.
-        log: Where records go; None where the job is not kept, or by snapshots alone.
-        syncs: Whether what is acknowledged has to be on the disk before.
-        stopping: Set when the server stops: a job that waits for a disk waits no more.
+        job: As in `RecordWriter`.
+        log: Likewise.
+        syncs: Likewise.
+        stopping: Likewise.
     """
 
     def __init__(
@@ -66,13 +60,7 @@ class JobJournal:
         syncs: bool = False,
         stopping: threading.Event | None = None,
     ) -> None:
-        self._job = job
-        self._log = log
-        self._base = 0
-        self._syncs = syncs
-        self._stopping = stopping or threading.Event()
-        self._given_up = threading.Event()
-        self._repair: Callable[[], None] = lambda: None
+        super().__init__(job, log, syncs=syncs, stopping=stopping)
         self._load_last_commit: Callable[[int], Store | None] = lambda _: None
         self._contribution: Callable[[Worker], tuple[int, int, bool]] = lambda _: (0, 0, False)
         # All below: guarded by the job's lock.
@@ -88,43 +76,14 @@ class JobJournal:
         """How often the content has changed otherwise than bucket by bucket."""
         self.takings_back = 0
         """How often a round has been taken back."""
-        self.has_failed = False
-        """Whether something could not be written before the server stopped: then memory is not what is written down."""
-        self.trouble = ""
-        """Why nothing can be written just now; empty where it can."""
 
     def describe_contributions(self, tell: Callable[[Worker], tuple[int, int, bool]]) -> None:
         """Has `tell` give sequence number and staleness of a worker's open push, and whether its options count."""
         self._contribution = tell
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether records are written."""
-        return self._log is not None
-
-    @property
-    def position(self) -> int:
-        """Where the next record goes, or would."""
-        return self._log.position if self._log is not None else self._base
-
-    def attach(self, log: Log | None, position: int) -> None:
-        """Begins to write, behind what was read of an earlier server's records.
-
-        Args:
-            log: Where to; None where records are not written any more.
-            position: Where the last one read ends.
-        """
-        self._log, self._base = log, position
-
-    def keep_with(self, *, repair: Callable[[], None], load_last_commit: Callable[[int], Store | None]) -> None:
-        """Says who keeps the job.
-
-        Args:
-            repair: Called where a sync has failed, without the job's lock: brings all of the job to the disk in another
-                way, and returns once that is done. Raises OSError.
-            load_last_commit: As the method of that name.
-        """
-        self._repair, self._load_last_commit = repair, load_last_commit
+    def restore_with(self, load_last_commit: Callable[[int], Store | None]) -> None:
+        """Has `load_last_commit` do what the method of that name says."""
+        self._load_last_commit = load_last_commit
 
     def load_last_commit(self, round_number: int) -> Store | None:
         """Values and state as they were before an open round was settled, from disk; None where they are not there."""
@@ -427,41 +386,7 @@ class JobJournal:
             ended = journal_pb2.AccumulationEnded(number=number, micro=micro, discards=discards)
             self._append(journal_pb2.JournalRecord(accumulation_ended=ended))
 
-    # --- durability
-
-    def await_durable(self) -> None:
-        """Returns once all that has been written so far may be acknowledged. Blocks; without the job's lock.
-
-        Raises:
-            StorageFailedError: the server stops, and it is not.
-        """
-        log = self._log
-        if log is None or not self._syncs:
-            return
-        position = log.position
-        while True:
-            try:
-                log.sync(position)
-                break
-            except LogSyncError as error:
-                self._complain(error)
-            try:
-                self._repair()
-            except OSError as error:
-                self._complain(error)
-                self._pause(error)
-        self._recovered()
-
-    def flush(self) -> None:
-        """Brings what has been written so far to the disk. Blocks; without the job's lock. May raise OSError."""
-        log = self._log
-        if log is not None:
-            log.sync(log.position)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether a sync may be believed: no one has failed."""
-        return self._log is None or self._log.is_sound
+    # --- all of it once more
 
     def write_again(
         self, members: Iterable[tuple[Member, int]], deferred: Iterable[tuple[int, int, torch.Tensor]], store: Store
@@ -494,55 +419,6 @@ class JobJournal:
         for member, sequence in members:
             self._write_held_again(member, sequence, store.buckets)
         return start
-
-    def sync_behind(self, position: int) -> None:
-        """Brings what `write_again` has written from a position on to the disk. Blocks. May raise OSError."""
-        if self._log is not None:
-            self._log.sync_behind(position)
-
-    def begin_anew(self, position: int) -> None:
-        """A snapshot has all that was written before a position, and what stands behind that is synced."""
-        if self._log is not None:
-            self._log.begin_anew(position)
-
-    def begin_snapshot(self) -> None:
-        """A snapshot is about to be taken. Where nothing is written, it is at a position of its own.
-
-        Records that are written later belong to the last of such snapshots, and must not be taken for what follows on
-        one before it.
-        """
-        if self._log is None:
-            self._base += ALIGNMENT
-
-    def drop_before(self, position: int) -> None:
-        """Nobody needs records before a position any more. May raise OSError."""
-        if self._log is not None:
-            self._log.drop_before(position)
-
-    def give_up(self) -> None:
-        """The job is about to be deleted: what waits for a disk waits no more. May be called without the job's lock."""
-        self._given_up.set()
-
-    def close(self, *, orderly: bool = False) -> None:
-        """Writes nothing from now on. May be called more than once.
-
-        Args:
-            orderly: Whether to say that the server stops, so that whoever reads it knows that nothing is missing.
-        """
-        log = self._log
-        if log is None:
-            return
-        try:
-            if orderly and not self.has_failed:
-                # First: so that the last record says of all others that they were on the disk.
-                log.sync(log.position)
-                log.append(journal_pb2.JournalRecord(journal_closed=journal_pb2.JournalClosed()).SerializeToString())
-                log.sync(log.position)
-        except OSError as error:
-            _log.warning("job %s: the end of its journal could not be written: %s", self._job, error)
-        finally:
-            self._log = None
-            log.close()
 
     # --- inside
 
@@ -584,47 +460,6 @@ class JobJournal:
     def _put(self, kind: str, bucket: Bucket, present: Sequence[bool], parts: Sequence[Part]) -> None:
         put = journal_pb2.PutTensors(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
         self._append(journal_pb2.JournalRecord(put_tensors=put), parts)
-
-    def _append(self, record: journal_pb2.JournalRecord, parts: Sequence[Part] = ()) -> int:
-        """Writes a record. Gives where it stands: behind the first of a segment, where it is the second there."""
-        log = self._log
-        if log is None:
-            return self._base
-        message = record.SerializeToString()
-        while True:
-            if self.has_failed:
-                # One is missing: what stands behind it would make no sense.
-                raise StorageFailedError(f"job {self._job!r}: the server's journal could not be written")
-            try:
-                end = log.append(message, parts)
-            except OSError as error:
-                self._complain(error)
-                self._pause(error)
-            else:
-                self._recovered()
-                return end - length_of(message, parts)
-
-    def _complain(self, error: OSError) -> None:
-        reason = error.strerror or str(error)
-        if self.trouble != reason:
-            self.trouble = reason
-            _log.error(
-                "job %s: its journal cannot be written: %s. Nothing is acknowledged until it can, and nothing is lost",
-                self._job,
-                reason,
-            )
-
-    def _pause(self, error: OSError) -> None:
-        if self._given_up.wait(_RETRY_S) or self._stopping.is_set():
-            self.has_failed = True
-            raise StorageFailedError(
-                f"job {self._job!r}: the server's journal cannot be written: {error.strerror or error}"
-            ) from error
-
-    def _recovered(self) -> None:
-        if self.trouble:
-            self.trouble = ""
-            _log.warning("job %s: its journal can be written again", self._job)
 
 
 def _entry(index: int, staged: StagedState) -> state_dict_pb2.ParameterState:

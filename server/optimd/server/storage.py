@@ -121,7 +121,8 @@ class Storage:
         return journal
 
     def _watch_over(self, kept: _Kept, journal: JobJournal) -> None:
-        journal.keep_with(repair=partial(self._repair, kept), load_last_commit=partial(self._load_last_commit, kept))
+        journal.repair_with(partial(self._repair, kept))
+        journal.restore_with(partial(self._load_last_commit, kept))
 
     def keep(self, job: Job) -> None:
         """A job has been made with the journal that `create` gave."""
