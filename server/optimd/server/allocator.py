@@ -20,9 +20,10 @@ _MAPPED_BYTES: Final = 8 * 1024 * 1024
 
 
 def keep_messages_memory() -> None:
-    """Has freed memory of the size of messages used again, in this process. Nothing happens where malloc is not glibc's.
+    """Has freed memory of the size of messages used again, in this process.
 
-    To be called before threads are started. Larger allocations, a job's tensors say, are given back as before.
+    Nothing happens where malloc is not glibc's. To be called before threads are started. Larger allocations, a job's
+    tensors say, are given back as before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
