@@ -23,13 +23,12 @@ from optimd.server.snapshotfile import (
     SnapshotDamageError,
     SnapshotReader,
     SnapshotWriter,
-    encode_present,
 )
 from optimd.server.store import Store
 from optimd.v1 import snapshot_pb2
 from optimd.wire.buffers import Buffer, BufferValues, encode_buffer
 from optimd.wire.kinds import PARAMETER, encode_kind
-from optimd.wire.layout import Parameter, cut_buckets, encode_bucket, encode_parameter
+from optimd.wire.layout import Parameter, cut_buckets, encode_bucket, encode_parameter, pack_bits
 from tests.faultfiles import FailingFiles, Operation, VolatileFiles, nothing
 
 KINDS = (PARAMETER, "exp_avg", "exp_avg_sq")
@@ -93,7 +92,7 @@ def write(folder: Path, store: Store, values: BufferValues | None = None, files:
             copies = [(kind, *store.copy(kind, bucket)) for kind in KINDS]
             contents[bucket.bucket_id] = snapshot_pb2.KeptBucket(
                 steps=store.steps_in(bucket),
-                present=[encode_present(present) for _, present, _ in copies],
+                present=[pack_bits(present) for _, present, _ in copies],
                 checksum=writer.write_bucket(bucket, copies),
             )
         manifest.contents.extend(contents[bucket.bucket_id] for bucket in store.buckets)

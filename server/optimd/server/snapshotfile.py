@@ -23,7 +23,7 @@ from optimd.server.records import checksum_of, frame, read_record
 from optimd.v1 import snapshot_pb2
 from optimd.wire.buffers import Buffer, BufferValues, decode_buffer
 from optimd.wire.kinds import decode_kind
-from optimd.wire.layout import Bucket, Parameter, decode_bucket, decode_parameter
+from optimd.wire.layout import Bucket, Parameter, decode_bucket, decode_parameter, unpack_bits
 from optimd.wire.tensors import bytes_of, tensor_over
 
 FORMAT_VERSION: Final = 1
@@ -218,7 +218,7 @@ class SnapshotReader:
                 checksum = 0
                 copies = []
                 for kind, bitmap in zip(self.kinds, kept.present, strict=True):
-                    present = decode_present(bitmap, len(bucket.slices))
+                    present = unpack_bits(bitmap, len(bucket.slices))
                     pieces = [
                         self._files.read(descriptor, length, offset)
                         for offset, length in self._layout.runs(kind, bucket, present)
@@ -285,7 +285,7 @@ class SnapshotReader:
         try:
             for bucket, kept in zip(self.buckets, self.manifest.contents, strict=True):
                 for kind, bitmap in zip(self.kinds, kept.present, strict=True):
-                    absent = [not here for here in decode_present(bitmap, len(bucket.slices))]
+                    absent = [not here for here in unpack_bits(bitmap, len(bucket.slices))]
                     for offset, length in self._layout.runs(kind, bucket, absent):
                         if self._files.read(descriptor, length, offset).count(0) != length:
                             raise SnapshotDamageError(f"{path}: bucket {bucket.bucket_id} is damaged")
@@ -307,17 +307,3 @@ class SnapshotReader:
         if path.name not in self._files.names(path.parent):
             raise SnapshotDamageError(f"{path} is missing")
         return self._files.open(path)
-
-
-def encode_present(present: Sequence[bool]) -> bytes:
-    """A bitmap of slices, of which there may be none."""
-    bits = bytearray((len(present) + 7) // 8)
-    for index, here in enumerate(present):
-        if here:
-            bits[index // 8] |= 1 << index % 8
-    return bytes(bits)
-
-
-def decode_present(bitmap: bytes, count: int) -> list[bool]:
-    """The inverse."""
-    return [bool(bitmap[index // 8] >> index % 8 & 1) for index in range(count)]

@@ -24,11 +24,11 @@ from optimd.server.job import Job
 from optimd.server.kept import describe_environment, describe_locked
 from optimd.server.log import LogSyncError
 from optimd.server.readers import ReadHold
-from optimd.server.snapshotfile import FORMAT_VERSION, DataLayout, SnapshotReader, SnapshotWriter, encode_present
+from optimd.server.snapshotfile import FORMAT_VERSION, DataLayout, SnapshotReader, SnapshotWriter
 from optimd.v1 import journal_pb2, snapshot_pb2
 from optimd.wire.buffers import encode_buffer
 from optimd.wire.kinds import PARAMETER
-from optimd.wire.layout import Bucket
+from optimd.wire.layout import Bucket, pack_bits
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class SnapshotTaker:
                     snapshot_pb2.KeptBucket(
                         position=position,
                         steps=steps,
-                        present=[encode_present(present) for _, present, _ in copies],
+                        present=[pack_bits(present) for _, present, _ in copies],
                         checksum=writer.write_bucket(bucket, copies),
                     )
                 )

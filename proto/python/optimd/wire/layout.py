@@ -162,15 +162,23 @@ def _fill(members: Iterable[tuple[int, Parameter]], capacity: int) -> Iterable[l
         yield slices
 
 
+def pack_bits(bits: Sequence[bool]) -> bytes:
+    """A bitmap: bit i is bit i % 8, from the least significant, of byte i / 8."""
+    packed = bytearray((len(bits) + 7) // 8)
+    for index, bit in enumerate(bits):
+        if bit:
+            packed[index // 8] |= 1 << index % 8
+    return bytes(packed)
+
+
+def unpack_bits(bitmap: bytes, count: int) -> list[bool]:
+    """The first `count` bits of a bitmap that has as many."""
+    return [bool(bitmap[index // 8] >> index % 8 & 1) for index in range(count)]
+
+
 def pack_present(present: Sequence[bool]) -> bytes:
     """The bitmap of `TensorBucket.present`: empty where all slices are present."""
-    if all(present):
-        return b""
-    bits = bytearray((len(present) + 7) // 8)
-    for index, here in enumerate(present):
-        if here:
-            bits[index // 8] |= 1 << index % 8
-    return bytes(bits)
+    return b"" if all(present) else pack_bits(present)
 
 
 def unpack_present(bitmap: bytes, count: int) -> list[bool]:
@@ -183,7 +191,7 @@ def unpack_present(bitmap: bytes, count: int) -> list[bool]:
         return [True] * count
     if len(bitmap) != (count + 7) // 8:
         raise ValueError(f"a bitmap of {len(bitmap)} bytes does not fit {count} slices")
-    present = [bool(bitmap[index // 8] >> index % 8 & 1) for index in range(count)]
+    present = unpack_bits(bitmap, count)
     if not any(present):
         raise ValueError("a bucket without any slice must not be sent")
     return present
@@ -191,10 +199,8 @@ def unpack_present(bitmap: bytes, count: int) -> list[bool]:
 
 def pack_bucket_ids(bucket_ids: Collection[int]) -> bytes:
     """The bitmap of `JobReady.held_buckets`: empty where there are none."""
-    bits = bytearray(max(bucket_ids, default=-1) // 8 + 1)
-    for bucket_id in bucket_ids:
-        bits[bucket_id // 8] |= 1 << bucket_id % 8
-    return bytes(bits)
+    held = frozenset(bucket_ids)
+    return pack_bits([bucket_id in held for bucket_id in range(max(held, default=-1) + 1)])
 
 
 def unpack_bucket_ids(bitmap: bytes, count: int) -> frozenset[int]:
@@ -203,7 +209,7 @@ def unpack_bucket_ids(bitmap: bytes, count: int) -> frozenset[int]:
     Raises:
         ValueError: it marks one that there is not.
     """
-    bucket_ids = frozenset(index for index in range(8 * len(bitmap)) if bitmap[index // 8] >> index % 8 & 1)
+    bucket_ids = frozenset(index for index, held in enumerate(unpack_bits(bitmap, 8 * len(bitmap))) if held)
     if max(bucket_ids, default=-1) >= count:
         raise ValueError(f"bucket {max(bucket_ids)} is marked, and there are {count}")
     return bucket_ids
