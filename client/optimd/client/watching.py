@@ -402,7 +402,12 @@ def _deliver(delivery: _Delivery, optimizer: weakref.ref[OptimizerProxy], hooks:
     """What the thread does."""
     failure: Exception | None = None
     try:
-        _begin(delivery, hooks, delivery.stream.await_begin())
+        try:
+            step = delivery.stream.await_begin()
+        except ConnectionLostError as error:
+            # The line had broken, and nobody had noticed yet.
+            step = delivery.resume(error.with_traceback(None))
+        _begin(delivery, hooks, step)
         while True:
             try:
                 receipt = delivery.stream.receive()
