@@ -79,6 +79,8 @@ class Mirror:
         self.theirs = torch.optim.Adam(self.local, **adam)
         self.steps = 0
         self.micro = 0
+        # As the server has them: what is written it hears of with the next step.
+        self._values = self._written()
         self.points = [self._point()]
         self.acknowledged = 0
         self.on_acknowledged: Callable[[], object] = lambda: None
@@ -102,10 +104,16 @@ class Mirror:
             local.grad = None
         self.steps += 1
         self.micro = 0
+        self._values = self._written()
         self.points.append(self._point())
         self.ours.step()
         self._acknowledge()
         self.assert_in_step()
+
+    def give(self, seed: int) -> None:
+        """Gives ours gradients, and torch's none."""
+        for param, grad in zip(self.params, gradients(seed, self.params), strict=True):
+            param.grad = grad
 
     def accumulate(self, seed: int) -> None:
         grads = gradients(seed, self.local)
@@ -122,13 +130,14 @@ class Mirror:
         with torch.no_grad():
             for params in (self.params, self.local):
                 params[0].mul_(0.5)
-        self.points[-1] = self._point(values=self.points[-1].values)
+        self.points[-1] = self._point()
 
     def add_group(self, seed: int, sizes: Sequence[int] = (70, 3)) -> None:
         added = parameters(seed, sizes)
         local = [nn.Parameter(param.detach().clone()) for param in added]
         self.theirs.add_param_group({"params": local, "lr": 0.03})
         self.local += local
+        self._values = self._values + [param.detach().clone() for param in local]
         self.points.append(self._point())
         self.ours.add_param_group({"params": added, "lr": 0.03})
         self.params += added
@@ -159,16 +168,18 @@ class Mirror:
         assert self.acknowledged == len(self.points) - 1
         self.on_acknowledged()
 
-    def _point(self, *, values: list[torch.Tensor] | None = None) -> Point:
-        written = [local.detach().clone() for local in self.local]
+    def _written(self) -> list[torch.Tensor]:
+        return [local.detach().clone() for local in self.local]
+
+    def _point(self) -> Point:
         return Point(
             step=self.steps,
-            values=written if values is None else values,
+            values=self._values,
             states=[
                 {name: tensor.detach().clone() for name, tensor in self.theirs.state.get(local, {}).items()}
                 for local in self.local
             ],
-            written=written,
+            written=self._written(),
             micro=self.micro,
             held=[None if local.grad is None else local.grad.detach().clone() for local in self.local],
         )
@@ -272,9 +283,10 @@ def _held_difference(job: Job, points: Sequence[Point]) -> str | None:
         if not point.micro:
             continue
         for bucket in job.store.buckets:
-            held = member.held._sums[bucket.bucket_id]
+            held = member.held._sums.get(bucket.bucket_id)
+            present = [False] * len(bucket.slices) if held is None else held.present
             sums = [_sum(bucket, each) for each in points if each.micro >= point.micro]
-            if not any(held.present == present and torch.equal(held.packed(), sum_) for present, sum_ in sums):
+            if not any(present == here and (held is None or torch.equal(held.packed(), sum_)) for here, sum_ in sums):
                 return f"what is held of bucket {bucket.bucket_id} differs"
     return None
 
@@ -282,7 +294,7 @@ def _held_difference(job: Job, points: Sequence[Point]) -> str | None:
 def _sum(bucket: Bucket, point: Point) -> tuple[list[bool], torch.Tensor]:
     """What is held of a bucket: of which slices, and their elements."""
     grads = [point.held[piece.parameter] for piece in bucket.slices]
-    parts = [
+    parts = [torch.empty(0)] + [
         grad.reshape(-1)[piece.offset : piece.end]
         for piece, grad in zip(bucket.slices, grads, strict=True)
         if grad is not None

@@ -87,7 +87,7 @@ class DataDir:
     def job_folders(self) -> Iterator[Path]:
         """The folders of the jobs that are kept, in order."""
         for name in self.files.names(self.path / _JOBS):
-            if not name.startswith(_GONE):
+            if not name.startswith(_GONE) and (self.path / _JOBS / name).is_dir():
                 yield self.path / _JOBS / name
 
     def job_folder(self, job: str) -> Path:

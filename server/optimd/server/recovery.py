@@ -50,6 +50,8 @@ class Found:
     snapshot_position: int = 0
     damaged: list[str] = field(default_factory=list)
     """What is wrong with newer snapshots, which could not be used."""
+    unusable: list[str] = field(default_factory=list)
+    """Their names."""
     unfinished_snapshot: bool = False
     """Whether a snapshot was being written when the server died."""
     survey: Survey = field(default_factory=Survey)
@@ -108,6 +110,7 @@ def recover(
             )
         except SnapshotDamageError as error:
             found.damaged.append(str(error))
+            found.unusable.append(name)
             _log.error("snapshot %s cannot be used: %s", name, error)
         else:
             break
@@ -244,8 +247,10 @@ def parse_record(journal: Path, record: Record) -> journal_pb2.JournalRecord:
 def _refuse_missing_start(found: Found, files: Files, journal: Path) -> None:
     """There is no job: that is all right where it had not been given its parameters yet."""
     starts = segment_starts(files, journal)
-    if found.damaged or (starts and starts[0] > 0):
+    if found.damaged or found.lost_from is not None or (starts and starts[0] > 0):
         begins = f"its journal begins at position {starts[0]}" if starts else "it has no journal"
+        if found.lost_from is not None:
+            begins = f"its journal is damaged at position {found.lost_from}, before the job has its parameters"
         raise DataDirError(
             f"{found.folder} has no snapshot that can be used ({'; '.join(found.damaged) or 'none is there'}), and "
             f"{begins}; {_REMEDY.split(',', maxsplit=1)[0]}"

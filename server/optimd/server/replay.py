@@ -347,6 +347,10 @@ class Replay:
             return
         if round_ is None:
             raise ReplayError(f"a commit of round {message.round}, which has not begun")
+        if message.step != self._parts.aggregator.step + 1:
+            raise ReplayError(
+                f"position {record.position}: step {message.step} does not follow step {self._parts.aggregator.step}"
+            )
         self._take_groups(round_)
         contributors = [self._workers[part.number] for part in message.contributors]
         ranks = tuple(worker.rank for worker in contributors)

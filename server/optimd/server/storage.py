@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,29 +158,45 @@ class Storage:
         Raises:
             DataDirError: one cannot be brought back; the message names the file and the remedy.
         """
-        jobs: list[Job] = []
+        jobs: dict[str, Job] = {}
         for folder in list(self._dir.job_folders()):
+            try:
+                job = self._recover_one(folder, make_job, jobs)
+            except OSError as error:
+                raise DataDirError(f"{folder} cannot be brought back: {error.strerror or error}") from error
+            if job is not None:
+                jobs[job.name] = job
+        return list(jobs.values())
 
-            def make(kept: journal_pb2.KeptJob) -> Job:
-                return make_job(kept.job, settings_of(kept), self._journal(kept.job))
-
-            found = recover(folder, self._files, make, accept_loss=self._settings.accept_loss)
-            if found.job is None or found.kept is None:
-                _log.warning("%s holds a job whose creation was never completed: removed", folder)
-                self._dir.remove_job(folder)
-                continue
-            if any(job.name == found.job.name for job in jobs):
-                raise DataDirError(
-                    f"{folder} and another folder hold job {found.job.name!r}: take one of them out of {folder.parent}"
-                )
-            self._go_on(found, found.job, found.kept)
-            jobs.append(found.job)
-        return jobs
+    def _recover_one(
+        self, folder: Path, make_job: Callable[[str, JobSettings, JobJournal], Job], others: Mapping[str, Job]
+    ) -> Job | None:
+        found = recover(
+            folder,
+            self._files,
+            lambda kept: make_job(kept.job, settings_of(kept), self._journal(kept.job)),
+            accept_loss=self._settings.accept_loss,
+        )
+        if found.job is None or found.kept is None:
+            _log.warning("%s holds a job whose creation was never completed: removed", folder)
+            self._dir.remove_job(folder)
+            return None
+        if found.job.name in others:
+            raise DataDirError(
+                f"{folder} and another folder hold job {found.job.name!r}: take one of them out of {folder.parent}"
+            )
+        self._go_on(found, found.job, found.kept)
+        return found.job
 
     def _go_on(self, found: Found, job: Job, description: journal_pb2.KeptJob) -> None:
         kept = _Kept(found.folder, description)
         kept.job = job
         self._files.remove(found.folder / SNAPSHOTS / MAKING)
+        for name in found.unusable:
+            # It may be whole, and of records that are lost: what comes in their place must not be replayed on it.
+            self._files.remove(found.folder / SNAPSHOTS / name)
+        if found.unusable:
+            self._files.sync_folder(found.folder / SNAPSHOTS)
         self._files.make_folder(found.folder / JOURNAL)
         journal = LogReader(self._files, found.folder / JOURNAL)
         if found.torn_at is not None or found.lost_from is not None:
@@ -478,6 +494,8 @@ def _tell(found: Found, job: Job) -> None:
         found.seconds,
         "; the server had stopped in good order" if found.is_clean else "",
     )
+    for name in found.unusable:
+        _log.warning("job %s: snapshot %s could not be used: removed", job.name, name)
     if found.unfinished_snapshot:
         _log.info("job %s: a snapshot was being written: removed", job.name)
     if found.torn_at is not None:
