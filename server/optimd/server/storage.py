@@ -36,6 +36,7 @@ _LEAST_JOURNAL_BYTES: Final = 256 * 1024 * 1024
 _SYNC_AHEAD_BYTES: Final = 16 * 1024 * 1024
 _RETRY_S: Final = 5.0
 _LOADING_TRIES: Final = 3
+_UNUSABLE: Final = "unusable-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +195,9 @@ class Storage:
         self._files.remove(found.folder / SNAPSHOTS / MAKING)
         for name in found.unusable:
             # It may be whole, and of records that are lost: what comes in their place must not be replayed on it.
-            self._files.remove(found.folder / SNAPSHOTS / name)
+            aside = found.folder / SNAPSHOTS / f"{_UNUSABLE}{name}"
+            self._files.remove(aside)
+            self._files.rename(found.folder / SNAPSHOTS / name, aside)
         if found.unusable:
             self._files.sync_folder(found.folder / SNAPSHOTS)
         self._files.make_folder(found.folder / JOURNAL)
@@ -495,7 +498,7 @@ def _tell(found: Found, job: Job) -> None:
         "; the server had stopped in good order" if found.is_clean else "",
     )
     for name in found.unusable:
-        _log.warning("job %s: snapshot %s could not be used: removed", job.name, name)
+        _log.warning("job %s: snapshot %s could not be used: it is called %s%s now", job.name, name, _UNUSABLE, name)
     if found.unfinished_snapshot:
         _log.info("job %s: a snapshot was being written: removed", job.name)
     if found.torn_at is not None:
