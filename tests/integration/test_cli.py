@@ -95,12 +95,16 @@ def test_a_deleted_job_ends_its_workers_steps_with_the_reason(server: Server) ->
     """A worker that waits for another is told at once."""
     from optimd.client import JobDeletedError
 
+    stepped_once = threading.Barrier(2, timeout=30)
+
     def work(rank: int) -> str:
         options = ProxyOptions(rank=rank, world_size=2)
         p = nn.Parameter(torch.ones(4))
         with Adam([p], server=server.address, job="doomed", options=options) as optimizer:
             p.grad = torch.ones(4)
             optimizer.step()
+            # Else the other one may not have been told of its first step yet.
+            stepped_once.wait()
             if rank == 1:
                 assert optimd("jobs", "delete", "doomed", "--force", "--server", server.address)[0] == 0
             with pytest.raises(JobDeletedError, match="'doomed' was deleted"):
