@@ -139,8 +139,8 @@ def haunt(server: MortalServer, progress: Callable[[], int], *, steps: int, kill
     """
     dice = random.Random(seed)
     for number in range(kills):
-        # Spread over the steps, but for the last ones: it has to be up again before they are over.
-        due = int(0.9 * steps * (number + dice.random()) / kills)
+        # Spread over the steps, but for the first, before which there is no job to bring back, and the last ones.
+        due = max(1, int(0.9 * steps * (number + dice.random()) / kills))
         deadline = time.monotonic() + 60
         while progress() < due:
             assert time.monotonic() < deadline, f"no step within a minute; {server.deaths.log[-20:]}"

@@ -168,7 +168,7 @@ def train_through_all_deaths(folder: Path, *, steps: int, kills: int, seed: int)
         try:
             workers = [start(rank) for rank in range(2)]
             for number in range(kills):
-                due = int(0.9 * steps * (number + dice.random()) / kills)
+                due = max(1, int(0.9 * steps * (number + dice.random()) / kills))
                 assert eventually(partial(has_made, due), 120), server.deaths.log[-20:]
                 time.sleep(dice.uniform(0, 0.02))
                 victims = dice.choice(["server", "worker", "both"])
