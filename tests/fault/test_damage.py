@@ -18,10 +18,11 @@ from optimd.server.errors import DataDirError
 from optimd.server.files import Files
 from optimd.server.job import Job
 from optimd.server.kept import settings_of
-from optimd.server.log import LogReader, segment_starts
+from optimd.server.log import Log, LogReader, segment_starts
 from optimd.server.records import FIXED_BYTES, Record
 from optimd.server.recovery import JOURNAL, SNAPSHOTS, Found, recover
 from optimd.server.snapshotfile import DATA_NAME, MANIFEST_NAME, SnapshotReader
+from optimd.v1 import journal_pb2
 from tests.faultfiles import FailingFiles
 from tests.keptjobs import Mirror, Point, assert_is_one_of, parameters, recovered
 from tests.support import running_server
@@ -207,6 +208,24 @@ def test_a_segment_that_is_missing_is_refused_with_its_position(tmp_path: Path, 
     (history.folder / JOURNAL / f"{starts[index]:020d}.journal").unlink()
     what = f"{starts[index - 1]:020d}.journal, position {starts[index]}" if index else f"position {starts[1]}"
     with pytest.raises(DataDirError, match=what):
+        brought_back(history.folder)
+
+
+def test_a_step_that_does_not_follow_the_one_before_it_is_refused(tmp_path: Path) -> None:
+    """However whole the records are: those of the step in between have been left out."""
+    history = made(tmp_path, everything)
+    records = [record for *_, record in records_of(history.folder)]
+    messages = [journal_pb2.JournalRecord.FromString(record.message) for record in records]
+    rounds = [message.round_settled.round for message in messages if message.HasField("round_settled")]
+    shutil.rmtree(history.folder / JOURNAL)
+    (history.folder / JOURNAL).mkdir()
+    log = Log(Files(), history.folder / JOURNAL, position=0, first_message=lambda _: records[0].message)
+    for record, message in zip(records[1:], messages[1:], strict=True):
+        kind = message.WhichOneof("record")
+        if getattr(getattr(message, str(kind)), "round", None) != rounds[1]:
+            log.append(record.message, [record.payload])
+    log.close()
+    with pytest.raises(DataDirError, match="step 3 does not follow step 1"):
         brought_back(history.folder)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
 from optimd.client import Adam, AdamW, OptimizerProxy, ProxyOptions
-from tests.keptjobs import gradients, parameters
+from tests.keptjobs import Mirror, gradients, parameters
 from tests.lives import Lives
 from tests.support import assert_alike, running_server
 
@@ -355,3 +355,37 @@ def test_a_program_comes_to_the_same_whenever_its_server_dies_in_the_middle_of_a
         result = program(Trainee(lives.address, between))
         assert lives.deaths >= 1
     assert_alike(result, expected)
+
+
+@pytest.mark.parametrize("calls", range(1, 8))
+def test_what_a_load_brings_holds_wherever_in_it_the_server_dies(tmp_path: Path, calls: int) -> None:
+    """State and options: also where all of it was written and nobody had been told."""
+    with Lives(tmp_path, fsync="never", journal_segment_bytes=5000) as lives:
+        mirror = Mirror(lives.address)
+        mirror.step(0)
+        mirror.step(1)
+        death = lives.die_behind(calls)
+        mirror.load()
+        mirror.step(2)
+        death.join()
+        assert death.happened
+        mirror.step(3)
+        mirror.close()
+
+
+@pytest.mark.parametrize("calls", range(1, 8))
+@pytest.mark.parametrize("apply", ["streaming", "atomic"])
+def test_what_is_written_between_two_steps_holds_wherever_in_the_next_one_the_server_dies(
+    tmp_path: Path, apply: Literal["streaming", "atomic"], calls: int
+) -> None:
+    """Also where the step had begun, and not all of what it was to bring was there."""
+    with Lives(tmp_path, fsync="never") as lives:
+        mirror = Mirror(lives.address, options=ProxyOptions(bucket_bytes=1024, apply=apply))
+        mirror.step(0)
+        mirror.write()
+        death = lives.die_behind(calls)
+        mirror.step(1)
+        death.join()
+        assert death.happened
+        mirror.step(2)
+        mirror.close()

@@ -454,21 +454,24 @@ class Session:
             digest.update(part)
         number = self._line.counting(lambda: self._line.load_count)
 
-        def exchange() -> tuple[str, training_pb2.TrainResponse]:
+        def exchange() -> tuple[str, training_pb2.TrainResponse, bool]:
             stream = self._line.stream()
             announcement = training_pb2.LoadState(digest=digest.digest(), load_count=number(), force=force)
             stream.send([encode(training_pb2.TrainRequest(load_state=announcement))])
             kind, message, _ = stream.expect("load_state_accepted", "refused")
+            brings = kind != "refused" and message.load_state_accepted.send_state
+            if brings:
+                stream.send(state_messages(self._line.layout, encoded, entries))
             if kind != "refused":
-                if message.load_state_accepted.send_state:
-                    stream.send(state_messages(self._line.layout, encoded, entries))
                 kind, message, _ = stream.expect("state_loaded", "refused")
-            return kind, message
+            return kind, message, brings
 
-        kind, message = self._line.exchanging(exchange)
+        kind, message, brings = self._line.exchanging(exchange)
         self._raise_refusal(kind, message)
         self._line.load_count = message.state_loaded.load_count
-        self._line.groups.acknowledge(encoded)
+        if brings:
+            # Else it was there, and the server may have this worker's options from before: it was started again since.
+            self._line.groups.acknowledge(encoded)
 
     # --- buffers
 
