@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -370,4 +370,22 @@ def test_what_a_load_brings_holds_wherever_in_it_the_server_dies(tmp_path: Path,
         death.join()
         assert death.happened
         mirror.step(3)
+        mirror.close()
+
+
+@pytest.mark.parametrize("calls", range(1, 8))
+@pytest.mark.parametrize("apply", ["streaming", "atomic"])
+def test_what_is_written_between_two_steps_holds_wherever_in_the_next_one_the_server_dies(
+    tmp_path: Path, apply: Literal["streaming", "atomic"], calls: int
+) -> None:
+    """Also where the step had begun, and not all of what it was to bring was there."""
+    with Lives(tmp_path, fsync="never") as lives:
+        mirror = Mirror(lives.address, options=ProxyOptions(bucket_bytes=1024, apply=apply))
+        mirror.step(0)
+        mirror.write()
+        death = lives.die_behind(calls)
+        mirror.step(1)
+        death.join()
+        assert death.happened
+        mirror.step(2)
         mirror.close()

@@ -81,7 +81,7 @@ def test_a_data_dir_goes_from_a_journal_to_snapshots_and_back(tmp_path: Path) ->
 
 
 def test_a_journal_is_not_replayed_on_a_snapshot_that_lies_before_its_beginning(tmp_path: Path) -> None:
-    """Without a journal two snapshots were taken at one position of it: it goes on behind the newer one alone."""
+    """Two snapshots were taken without one: it goes on behind the newer alone."""
     with Lives(tmp_path) as lives:
         mirror = Mirror(lives.address)
         mirror.step(0)

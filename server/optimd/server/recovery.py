@@ -194,6 +194,7 @@ def _bring_back(
         found.open_buckets = {
             number: (len({applied.bucket_id for applied in round_.applied}), count)
             for number, round_ in parts.journal.rounds.items()
+            if round_.applied
         }
     here = describe_environment(parts.content.store.device)
     found.foreign = [other for other in survey.environments if other != here]

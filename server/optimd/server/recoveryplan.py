@@ -147,11 +147,11 @@ class RecoveryPlan:
 
     @property
     def open_steps(self) -> list[tuple[int, int]]:
-        """Of each streamed round that nothing ended how many buckets are applied, and how many there are."""
+        """Of each streamed round that is open how many buckets are applied, and how many there are."""
         return [
             (len(round_.buckets), self._bucket_count)
             for round_ in self._rounds.values()
-            if self.survey.counts(round_.settled)
+            if round_.buckets and self.survey.counts(round_.settled)
         ]
 
     @property

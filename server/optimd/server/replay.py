@@ -181,6 +181,9 @@ class Replay:
             del self._rounds[number]
         journal.rounds = {number: round_.record for number, round_ in self._rounds.items()}
         for number, round_ in self._rounds.items():
+            if not round_.record.applied:
+                # What its worker had changed outside of steps may be missing: the push begins anew, and brings it.
+                continue
             settled = round_.record.settled
             owner = self._workers[settled.owner] if settled.owner else None
             by_bucket: dict[int, set[Worker]] = {}

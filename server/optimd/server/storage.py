@@ -214,6 +214,10 @@ class Storage:
             job.parts.company.membership.restored()
             for number in found.taken_back:
                 job.journal.round_taken_back(number)
+            for number, round_ in list(job.journal.rounds.items()):
+                if not round_.applied:
+                    # As `Replay.finish` has it.
+                    job.journal.round_ended(number)
         kept.taken_step, kept.taken_position = found.snapshot_step, found.snapshot_position
         kept.has_snapshot = bool(found.snapshot)
         with self._lock:
