@@ -19,6 +19,7 @@ from optimd.server.job import Job
 from optimd.server.kept import describe_environment, restore
 from optimd.server.log import LogDamageError, LogReader, segment_starts
 from optimd.server.records import Record
+from optimd.server.recoveryplan import RecoveryPlan
 from optimd.server.replay import Replay, ReplayError, Survey
 from optimd.server.snapshotfile import SnapshotDamageError, SnapshotReader
 from optimd.server.snapshots import MAKING
@@ -129,41 +130,29 @@ def _bring_back(
     found: Found, snapshot: SnapshotReader | None, files: Files, make_job: MakeJob, *, accept_loss: bool
 ) -> None:
     journal = found.folder / JOURNAL
-    position, replay_from = (
-        (0, 0)
+    plan = (
+        RecoveryPlan(taken_back=found.without)
         if snapshot is None
-        else (
-            snapshot.manifest.position,
-            snapshot.manifest.replay_from,
-        )
+        else RecoveryPlan(snapshot.folder.name, snapshot.manifest, taken_back=found.without)
     )
-    found.survey, found.torn_at, found.lost_from = Survey(taken_back=set(found.without)), None, None
-    survey = found.survey
+    survey, position = plan.survey, plan.position
+    found.survey, found.torn_at, found.lost_from = survey, None, None
     if snapshot is None and segment_starts(files, journal)[:1] > [0]:
         _refuse_missing_start(found, files, journal)
-    applied: list[tuple[int, int, int]] = []
-    for record, message in _records(found, files, replay_from, accept_loss=accept_loss):
-        survey.see(record, message)
-        if message.HasField("bucket_applied") and record.position < position:
-            applied.append((message.bucket_applied.round, message.bucket_applied.bucket_id, record.position))
-    if snapshot is not None:
-        held = {kept.settled.round for kept in snapshot.manifest.rounds if kept.applied}
-        positions = dict(enumerate(content.position for content in snapshot.manifest.contents))
-        held.update(number for number, bucket_id, at in applied if at < positions.get(bucket_id, 0))
-        if held & survey.taken_back:
-            raise SnapshotDamageError(f"snapshot {snapshot.folder.name} holds a part of a step that was taken back")
+    for record, message in _records(found, files, plan.replay_from, accept_loss=accept_loss):
+        plan.see(record, message)
+    if plan.holds_taken_back:
+        raise SnapshotDamageError(f"snapshot {plan.snapshot} holds a part of a step that was taken back")
     found.end = max(survey.end, position)
-    if snapshot is not None and survey.end < position and replay_from < position:
-        problem = (
-            f"{journal} ends at position {survey.end}, and snapshot {snapshot.folder.name} needs it up to {position}"
-        )
+    if plan.is_short:
+        problem = f"{journal} ends at position {survey.end}, and snapshot {plan.snapshot} needs it up to {position}"
         if not accept_loss:
             raise DataDirError(f"{problem}; {_REMEDY}")
         raise SnapshotDamageError(problem)
     if snapshot is not None:
         # Before it is used: a bucket that is damaged is found now.
         snapshot.verify()
-    kept = snapshot.manifest.job if snapshot is not None else survey.job
+    kept = plan.kept_job
     if kept is None:
         _refuse_missing_start(found, files, journal)
         return
@@ -180,7 +169,7 @@ def _bring_back(
         replay = Replay(parts, job.pushing, survey, kept_at=kept_at, position=position)
         end = survey.end
         try:
-            for record, message in _records(found, files, replay_from, accept_loss=accept_loss):
+            for record, message in _records(found, files, plan.replay_from, accept_loss=accept_loss):
                 if record.position >= end:
                     break
                 replay.redo(record, message)

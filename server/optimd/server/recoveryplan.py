@@ -1,12 +1,12 @@
 """What a recovery would come to, as far as records tell without being done again.
 
-A plan follows `recovery.py` and `replay.py` without a job, a device or a tensor: for somebody who wants to know before
-a server is started.
+A plan follows `replay.py` without a job, a device or a tensor: for `recovery.py` before it makes a job, and for
+somebody who wants to know before a server is started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from optimd.server.log import LogDamageError
@@ -37,14 +37,20 @@ class RecoveryPlan:
         snapshot: The snapshot's name; empty for the journal alone.
         manifest: Its manifest; None for the journal alone.
         is_damaged: Whether its tensors cannot be used.
+        taken_back: Rounds of which nothing is to count, besides those of which the journal says so.
     """
 
     def __init__(
-        self, snapshot: str = "", manifest: snapshot_pb2.SnapshotManifest | None = None, *, is_damaged: bool = False
+        self,
+        snapshot: str = "",
+        manifest: snapshot_pb2.SnapshotManifest | None = None,
+        *,
+        is_damaged: bool = False,
+        taken_back: Collection[int] = (),
     ) -> None:
         self.snapshot = snapshot
         self.is_damaged = is_damaged
-        self.survey = Survey()
+        self.survey = Survey(taken_back=set(taken_back))
         """What the journal holds from `replay_from` on, up to where its reading ended."""
         self.damage: LogDamageError | None = None
         """What ended its reading, unless that was its end."""
