@@ -7,7 +7,7 @@ lines have just broken: each of them has its place for the length of a lease, an
 from __future__ import annotations
 
 import time
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from optimd.server.aggregation import SyncAggregator, Worker
 from optimd.server.company import JobPhase
 from optimd.server.journal import OpenRound
 from optimd.server.member import Member, WorkerRecord
-from optimd.server.opening import NONFINITE, encode_aggregation, read_policy
+from optimd.server.opening import NONFINITE, encode_aggregation, encode_apply, encode_nonfinite, read_policy
 from optimd.server.parts import JobParts
 from optimd.server.receipts import decode_receipt, encode_receipt
 from optimd.server.settings import JobSettings
@@ -25,11 +25,6 @@ from optimd.v1 import job_pb2, journal_pb2, snapshot_pb2
 from optimd.wire.kinds import encode_kind
 from optimd.wire.layout import encode_bucket, encode_parameter
 from optimd.wire.param_groups import decode_group, encode_group
-
-_APPLY: Final[dict[str, job_pb2.ApplyMode]] = {
-    "streaming": job_pb2.APPLY_MODE_STREAMING,
-    "atomic": job_pb2.APPLY_MODE_ATOMIC,
-}
 
 
 def describe_environment(device: torch.device) -> journal_pb2.Environment:
@@ -45,16 +40,15 @@ def describe_environment(device: torch.device) -> journal_pb2.Environment:
 
 def describe_job(name: str, uid: str, settings: JobSettings) -> journal_pb2.KeptJob:
     """What a job was created with."""
-    nonfinite = next(number for number, word in NONFINITE.items() if number and word == settings.nonfinite)
     return journal_pb2.KeptJob(
         job=name,
         uid=uid,
         aggregation=encode_aggregation(settings),
-        apply=_APPLY[settings.apply],
+        apply=encode_apply(settings),
         bucket_bytes=settings.bucket_bytes,
         private=settings.private,
         max_grad_norm=settings.max_grad_norm,
-        nonfinite=job_pb2.NonFinite.Name(nonfinite),
+        nonfinite=encode_nonfinite(settings),
     )
 
 

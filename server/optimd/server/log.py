@@ -136,7 +136,7 @@ class Log:
         with self._lock:
             # Where this fails, the one before it is not gone on with: there may be a file of the new one's name.
             self._segment = None
-        path = self._folder / f"{self.position:020d}{_SUFFIX}"
+        path = segment_path(self._folder, self.position)
         names = self._files.names(self._folder)
         spare = next((name for name in names if name.startswith(_SPARE)), None)
         if spare is not None and path.name not in names:
@@ -252,7 +252,7 @@ class Log:
         for start, end in pairwise(starts):
             if end > position or start in held or start == current:
                 break
-            path = self._folder / f"{start:020d}{_SUFFIX}"
+            path = segment_path(self._folder, start)
             if spare < _MOST_SPARE:
                 self._files.rename(path, self._folder / f"{_SPARE}{start:020d}")
                 spare += 1
@@ -273,6 +273,11 @@ class Log:
         self._unsynced = list(but)
         if self._segment not in but:
             self._segment = None
+
+
+def segment_path(folder: Path, start: int) -> Path:
+    """The file of the segment that begins at a position."""
+    return folder / f"{start:020d}{_SUFFIX}"
 
 
 def segment_starts(files: Files, folder: Path) -> list[int]:
@@ -392,7 +397,7 @@ class LogReader:
         self._files.sync_folder(self._folder)
 
     def _path(self, start: int) -> Path:
-        return self._folder / f"{start:020d}{_SUFFIX}"
+        return segment_path(self._folder, start)
 
 
 def _next_record(read: Callable[[int, int], bytes], position: int, end: int) -> Record | None:

@@ -24,7 +24,7 @@ from optimd.server.errors import (
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.member import Member
-from optimd.server.opening import read_layout, read_opening
+from optimd.server.opening import encode_apply, read_layout, read_opening
 from optimd.server.pulling import CatchUp
 from optimd.server.pushes import serve_accumulate, serve_discard, serve_step, unseen_values
 from optimd.server.receipts import encode_receipt
@@ -43,8 +43,6 @@ _log = logging.getLogger(__name__)
 
 _PASSING: Final = (ShuttingDownError, StorageFailedError, LeaseEndedError)
 """What ends a stream whose worker then takes its place up again on another."""
-
-_APPLY = {"streaming": job_pb2.APPLY_MODE_STREAMING, "atomic": job_pb2.APPLY_MODE_ATOMIC}
 
 
 class TrainSession:
@@ -312,7 +310,7 @@ class TrainSession:
             resumed=resumed,
             bucket_bytes=job.settings.bucket_bytes,
             bucket_count=count,
-            apply=_APPLY[job.settings.apply],
+            apply=encode_apply(job.settings),
         )
 
     def _ready(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -121,13 +121,7 @@ class SnapshotTaker:
             # Nothing may build on it, and the next try makes another one.
             self._files.remove(path)
             raise
-        return SnapshotInfo(
-            folder=path,
-            step=written.step,
-            position=written.position,
-            replay_from=written.replay_from,
-            nbytes=written.nbytes,
-        )
+        return replace(written, folder=path)
 
     def _write(self, making: Path, *, holds_still: bool) -> SnapshotInfo:
         if not holds_still and _splits_freely(self._job.parts.content):

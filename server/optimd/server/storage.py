@@ -207,8 +207,7 @@ class Storage:
         if self._settings.fsync != "never":
             journal.sync()
         with job.parts.changed:
-            is_logged = self._settings.durability == "log"
-            job.journal.attach(self._log_at(kept, found.end) if is_logged else None, found.end)
+            job.journal.attach(self._log_at(kept, found.end), found.end)
             self._watch_over(kept, job.journal)
             _take_steps_back(job)
             job.parts.company.membership.restored()

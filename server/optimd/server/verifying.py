@@ -14,7 +14,7 @@ from typing import Final
 from optimd.server.datadir import DataDir
 from optimd.server.errors import DataDirError
 from optimd.server.files import Files, ReadOnlyFiles
-from optimd.server.log import LogDamageError, LogReader, segment_starts
+from optimd.server.log import LogDamageError, LogReader, segment_path, segment_starts
 from optimd.server.recovery import JOURNAL, SNAPSHOTS, parse_record, snapshot_names
 from optimd.server.recoveryplan import Prospect, RecoveryPlan, choose
 from optimd.server.snapshotfile import SnapshotDamageError, SnapshotReader
@@ -311,7 +311,7 @@ class _JobCheck:
 
     def _path_at(self, position: int) -> Path:
         start = max((start for start in self._starts if start <= position), default=0)
-        return self._folder / JOURNAL / f"{start:020d}.journal"
+        return segment_path(self._folder / JOURNAL, start)
 
     def _choose(self, snapshots: Sequence[SnapshotReport], *, accept_loss: bool) -> Prospect:
         if self._refusal:
@@ -390,7 +390,7 @@ def _unlike(reports: Sequence[JobReport]) -> list[JobReport]:
 
 
 def _segments_in(journal: Path, files: Files) -> list[Path]:
-    return [journal / f"{start:020d}.journal" for start in segment_starts(files, journal)]
+    return [segment_path(journal, start) for start in segment_starts(files, journal)]
 
 
 def _files_in(folder: Path, files: Files) -> Iterable[Path]:
