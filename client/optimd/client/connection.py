@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -21,7 +22,7 @@ from optimd.client.receipts import StepReceipt, decode_receipt
 from optimd.client.translation import translate
 from optimd.v1 import reading_pb2, training_pb2
 from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
-from optimd.wire.codec import Frame, MalformedMessageError, decode
+from optimd.wire.codec import Frame, MalformedMessageError, bundled, decode, unbundle
 from optimd.wire.methods import READ_STATE, TRAIN, WATCHING_HEADER
 
 _CHANNEL_OPTIONS: Final = (
@@ -57,6 +58,10 @@ class TrainStream:
         self._counter = _Counter()
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
         self._call = method(_drain(self._outbox, self._counter))
+        # What has come in one bundle and has not been read yet.
+        self._here: deque[bytes] = deque()
+        self.takes_bundles = False
+        """Whether the server reads bundles, as it has said."""
         self.bytes_received = 0
 
     @property
@@ -71,7 +76,7 @@ class TrainStream:
 
     def send(self, messages: Iterable[bytes]) -> None:
         """Sends serialised messages, in order, while the caller goes on. What they read must not change meanwhile."""
-        self._outbox.put(messages)
+        self._outbox.put(bundled(messages) if self.takes_bundles else messages)
 
     def receive(self) -> tuple[str, training_pb2.TrainResponse, Frame]:
         """The next message and the name of its kind. Blocks.
@@ -79,6 +84,18 @@ class TrainStream:
         Raises:
             OptimdError: the stream has ended; with what the server said.
         """
+        try:
+            if not self._here:
+                self._here.extend(unbundle(self._next()))
+            message, frame = decode(training_pb2.TrainResponse, self._here.popleft())
+        except MalformedMessageError as error:
+            raise ProtocolError(f"the server at {self.address} sent what cannot be read: {error}") from error
+        kind = message.WhichOneof("message") or ""
+        if kind == "layout_accepted":
+            self.takes_bundles = message.layout_accepted.takes_bundles
+        return kind, message, frame
+
+    def _next(self) -> bytes:
         try:
             data = next(self._call)
         except StopIteration:
@@ -88,11 +105,7 @@ class TrainStream:
                 raise self._counter.failure from None
             raise translate(error, self.address) from error
         self.bytes_received += len(data)
-        try:
-            message, frame = decode(training_pb2.TrainResponse, data)
-        except MalformedMessageError as error:
-            raise ProtocolError(f"the server at {self.address} sent what cannot be read: {error}") from error
-        return message.WhichOneof("message") or "", message, frame
+        return data
 
     def expect(self, *kinds: str) -> tuple[str, training_pb2.TrainResponse, Frame]:
         """The next message, which must be of one of `kinds`. Blocks.

@@ -72,6 +72,7 @@ def opening_messages(
                 returns_at_step=returns_at_step,
                 returns_with_sequence=returns_with_sequence,
                 follows_rewind=follows_rewind,
+                takes_bundles=True,
             )
         )
     )

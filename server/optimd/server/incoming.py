@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from optimd.server.errors import InvalidFieldError, OutOfOrderError
 from optimd.server.store import Store
 from optimd.v1 import job_pb2, state_dict_pb2, tensor_pb2, training_pb2
-from optimd.wire.codec import Frame, MalformedMessageError, decode
+from optimd.wire.codec import Frame, MalformedMessageError, decode, unbundle
 from optimd.wire.kinds import decode_kind
 from optimd.wire.layout import Bucket, unpack_present
 from optimd.wire.tensors import tensor_over
@@ -26,9 +27,16 @@ class Incoming:
     def __init__(self, requests: Iterator[bytes], on_message: Callable[[], None] = lambda: None) -> None:
         self._requests = requests
         self._on_message = on_message
+        # What has come in one bundle and has not been read yet.
+        self._here: deque[bytes] = deque()
         self.has_ended = False
         """Whether nothing more will come: the worker has closed its side, or its line is down."""
         self.bytes_received = 0
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next message is here already: `receive` does not wait."""
+        return bool(self._here)
 
     def receive(self) -> tuple[str, training_pb2.TrainRequest, Frame] | None:
         """The next message and the name of its kind; None where the worker has closed its side.
@@ -36,14 +44,18 @@ class Incoming:
         Raises:
             InvalidFieldError: it is malformed.
         """
-        data = next(self._requests, None)
-        if data is None:
-            self.has_ended = True
-            return None
-        self.bytes_received += len(data)
-        self._on_message()
         try:
-            message, frame = decode(training_pb2.TrainRequest, data)
+            if not self._here:
+                data = next(self._requests, None)
+                if data is None:
+                    self.has_ended = True
+                    return None
+                self.bytes_received += len(data)
+                self._on_message()
+                self._here.extend(unbundle(data))
+                # Nothing may hold a message that its reader is done with.
+                del data
+            message, frame = decode(training_pb2.TrainRequest, self._here.popleft())
         except MalformedMessageError as error:
             raise InvalidFieldError("TrainRequest", str(error)) from error
         kind = message.WhichOneof("message")

@@ -20,6 +20,7 @@ from optimd.server.errors import (
 from optimd.server.incoming import Incoming, SplitParameters, read_bucket
 from optimd.server.job import Job
 from optimd.server.member import Member
+from optimd.server.outgoing import Outgoing
 from optimd.server.pulling import CatchUp
 from optimd.server.pushing import ANSWERABLE, OpenPush
 from optimd.server.receipts import encode_receipt
@@ -31,7 +32,9 @@ from optimd.wire.kinds import GRADIENT
 from optimd.wire.layout import Bucket
 
 
-def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2.StepBegin) -> Iterator[bytes]:
+def serve_step(
+    incoming: Incoming, outgoing: Outgoing, job: Job, member: Member, begin: training_pb2.StepBegin
+) -> Iterator[bytes]:
     """A push, from StepBegin on.
 
     Raises:
@@ -62,19 +65,22 @@ def serve_step(incoming: Incoming, job: Job, member: Member, begin: training_pb2
         yield refusal(error)
         return
     try:
-        yield from _serve_begun(incoming, job, push, begin)
+        yield from _serve_begun(incoming, outgoing, job, push, begin)
+        yield from outgoing.flush()
     finally:
         job.pushing.finished(member)
 
 
-def _serve_begun(incoming: Incoming, job: Job, push: OpenPush, begin: training_pb2.StepBegin) -> Iterator[bytes]:
+def _serve_begun(
+    incoming: Incoming, outgoing: Outgoing, job: Job, push: OpenPush, begin: training_pb2.StepBegin
+) -> Iterator[bytes]:
     if begin.pushed_pages:
         try:
             _receive_pushed(incoming, job, push, begin.pushed_pages)
         except LimitExceededError as error:
             job.pushing.retract(push)
             incoming.skip_to("step_end", "pushed", "bucket")
-            yield refusal(error)
+            yield from outgoing.put(refusal(error))
             return
     owed: frozenset[int] | None = None
 
@@ -89,42 +95,52 @@ def _serve_begun(incoming: Incoming, job: Job, push: OpenPush, begin: training_p
         while True:
             split = SplitParameters(push.store, elsewhere=push.left_out) if owed is None else None
             for _ in _gradients(incoming, push.store, "step_end", take, split):
-                yield from _applied_values(job, push, job.pulling.ready(push))
+                yield from _applied_values(outgoing, job, push, job.pulling.ready(push))
+                if not incoming.has_next:
+                    yield from outgoing.flush()
             owed = frozenset() if begin.skipped else job.pushing.missing(push)
             if not owed:
                 job.pushing.end(push, skipped=begin.skipped)
-                owed = yield from _serve_waiting(job, push)
+                owed = yield from _serve_waiting(outgoing, job, push)
             if not owed:
                 break
             again = training_pb2.PushAgain(buckets=sorted(owed))
-            yield encode(training_pb2.TrainResponse(push_again=again))
+            yield from outgoing.put(encode(training_pb2.TrainResponse(push_again=again)))
+            yield from outgoing.flush()
     except ANSWERABLE as error:
         # Found out before anything was applied: a push of the same number is due again.
         job.pushing.refuse(push.member, keeps=isinstance(error, StepTimeoutError))
-        yield refusal(error)
+        yield from outgoing.put(refusal(error))
         return
     catch_up = job.pulling.catch_up_of(push)
     if catch_up is not None:
-        yield from unseen_values(job, push.member, catch_up)
+        for message in unseen_values(job, push.member, catch_up):
+            yield from outgoing.put(message)
     receipt = job.pulling.settle(push, catch_up)
     job.journal.await_durable()
     wants_buffers = job.buffers.is_asked(push.member)
-    yield encode(training_pb2.TrainResponse(receipt=encode_receipt(receipt, wants_buffers=wants_buffers)))
+    answer = training_pb2.TrainResponse(receipt=encode_receipt(receipt, wants_buffers=wants_buffers))
+    yield from outgoing.put(encode(answer))
 
 
-def _serve_waiting(job: Job, push: OpenPush) -> Generator[bytes, None, frozenset[int]]:
+def _serve_waiting(outgoing: Outgoing, job: Job, push: OpenPush) -> Generator[bytes, None, frozenset[int]]:
     """Hands out what is applied until the push is over, or buckets have to be pushed again; gives their ids."""
     while True:
+        if push.round is not None and not push.round.is_over:
+            # Others are waited for: the worker may use the time.
+            yield from outgoing.flush()
         applied, owed = job.pulling.await_progress(push)
         if not applied:
             return owed
-        yield from _applied_values(job, push, applied)
+        yield from _applied_values(outgoing, job, push, applied)
 
 
-def _applied_values(job: Job, push: OpenPush, applied: list[tuple[int, list[bool]]]) -> Iterator[bytes]:
+def _applied_values(
+    outgoing: Outgoing, job: Job, push: OpenPush, applied: list[tuple[int, list[bool]]]
+) -> Iterator[bytes]:
     for bucket_id, present in applied:
         bucket = push.store.buckets[bucket_id]
-        yield values(bucket, present, job.pulling.read(push.member, bucket, present, unmoved=True))
+        yield from outgoing.put(values(bucket, present, job.pulling.read(push.member, bucket, present, unmoved=True)))
 
 
 def unseen_values(job: Job, member: Member, catch_up: CatchUp) -> Iterator[bytes]:

@@ -25,6 +25,7 @@ from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.member import Member
 from optimd.server.opening import encode_apply, read_layout, read_opening
+from optimd.server.outgoing import Outgoing
 from optimd.server.pulling import CatchUp
 from optimd.server.pushes import serve_accumulate, serve_discard, serve_step, unseen_values
 from optimd.server.receipts import encode_receipt
@@ -69,6 +70,7 @@ class TrainSession:
     ) -> None:
         self._registry = registry
         self._incoming = Incoming(requests, self._hear)
+        self._outgoing = Outgoing()
         self._is_active = is_active
         self._cancel = cancel
         self._job: Job | None = None
@@ -141,7 +143,7 @@ class TrainSession:
                 job.buffers.decline(member)
             match kind:
                 case "step_begin":
-                    yield from serve_step(self._incoming, job, member, message.step_begin)
+                    yield from serve_step(self._incoming, self._outgoing, job, member, message.step_begin)
                 case "accumulate":
                     yield from serve_accumulate(self._incoming, job, member, message.accumulate)
                 case "discard_accumulated":
@@ -167,6 +169,7 @@ class TrainSession:
 
     def _open(self) -> Generator[bytes, None, tuple[Job, Member]]:
         _, message, _ = self._incoming.expect("open")
+        self._outgoing.takes_bundles = message.open.takes_bundles
         opening = read_opening(message.open)
         layout = read_layout(self._incoming.layout_pages(), max_bytes=self._registry.max_job_bytes)
         self._on_opened()
@@ -311,6 +314,7 @@ class TrainSession:
             bucket_bytes=job.settings.bucket_bytes,
             bucket_count=count,
             apply=encode_apply(job.settings),
+            takes_bundles=True,
         )
 
     def _ready(

@@ -194,7 +194,7 @@ class Leave(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("open", "layout", "step_begin", "param_groups", "bucket", "step_end", "add_param_group", "load_state", "state_dict", "load_state_end", "leave", "buffer_chunk", "accumulate", "accumulate_end", "discard_accumulated", "pushed", "replace_layout", "attach_buffers", "buffers", "push_buffers", "payload")
+    __slots__ = ("open", "layout", "step_begin", "param_groups", "bucket", "step_end", "add_param_group", "load_state", "state_dict", "load_state_end", "leave", "buffer_chunk", "accumulate", "accumulate_end", "discard_accumulated", "pushed", "replace_layout", "attach_buffers", "buffers", "push_buffers", "payload", "bundled")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     STEP_BEGIN_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +216,7 @@ class TrainRequest(_message.Message):
     BUFFERS_FIELD_NUMBER: _ClassVar[int]
     PUSH_BUFFERS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    BUNDLED_FIELD_NUMBER: _ClassVar[int]
     open: _job_pb2.OpenJob
     layout: _job_pb2.LayoutPage
     step_begin: StepBegin
@@ -237,10 +238,11 @@ class TrainRequest(_message.Message):
     buffers: BuffersPage
     push_buffers: PushBuffers
     payload: bytes
-    def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., accumulate: _Optional[_Union[Accumulate, _Mapping]] = ..., accumulate_end: _Optional[_Union[AccumulateEnd, _Mapping]] = ..., discard_accumulated: _Optional[_Union[DiscardAccumulated, _Mapping]] = ..., pushed: _Optional[_Union[_state_dict_pb2.PushedPage, _Mapping]] = ..., replace_layout: _Optional[_Union[ReplaceLayout, _Mapping]] = ..., attach_buffers: _Optional[_Union[AttachBuffers, _Mapping]] = ..., buffers: _Optional[_Union[BuffersPage, _Mapping]] = ..., push_buffers: _Optional[_Union[PushBuffers, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    bundled: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., accumulate: _Optional[_Union[Accumulate, _Mapping]] = ..., accumulate_end: _Optional[_Union[AccumulateEnd, _Mapping]] = ..., discard_accumulated: _Optional[_Union[DiscardAccumulated, _Mapping]] = ..., pushed: _Optional[_Union[_state_dict_pb2.PushedPage, _Mapping]] = ..., replace_layout: _Optional[_Union[ReplaceLayout, _Mapping]] = ..., attach_buffers: _Optional[_Union[AttachBuffers, _Mapping]] = ..., buffers: _Optional[_Union[BuffersPage, _Mapping]] = ..., push_buffers: _Optional[_Union[PushBuffers, _Mapping]] = ..., payload: _Optional[bytes] = ..., bundled: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "refused", "accumulated", "buffer_chunk", "buffers_accepted", "buffers_held", "push_again", "payload")
+    __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "refused", "accumulated", "buffer_chunk", "buffers_accepted", "buffers_held", "push_again", "payload", "bundled")
     LAYOUT_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_TABLE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +258,7 @@ class TrainResponse(_message.Message):
     BUFFERS_HELD_FIELD_NUMBER: _ClassVar[int]
     PUSH_AGAIN_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    BUNDLED_FIELD_NUMBER: _ClassVar[int]
     layout_accepted: _job_pb2.LayoutAccepted
     bucket_table: _tensor_pb2.BucketTablePage
     layout: _job_pb2.LayoutPage
@@ -271,4 +274,5 @@ class TrainResponse(_message.Message):
     buffers_held: BuffersHeld
     push_again: PushAgain
     payload: bytes
-    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., accumulated: _Optional[_Union[Accumulated, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., buffers_accepted: _Optional[_Union[BuffersAccepted, _Mapping]] = ..., buffers_held: _Optional[_Union[BuffersHeld, _Mapping]] = ..., push_again: _Optional[_Union[PushAgain, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    bundled: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, layout_accepted: _Optional[_Union[_job_pb2.LayoutAccepted, _Mapping]] = ..., bucket_table: _Optional[_Union[_tensor_pb2.BucketTablePage, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., ready: _Optional[_Union[_job_pb2.JobReady, _Mapping]] = ..., receipt: _Optional[_Union[StepReceipt, _Mapping]] = ..., load_state_accepted: _Optional[_Union[LoadStateAccepted, _Mapping]] = ..., state_loaded: _Optional[_Union[StateLoaded, _Mapping]] = ..., refused: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., accumulated: _Optional[_Union[Accumulated, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., buffers_accepted: _Optional[_Union[BuffersAccepted, _Mapping]] = ..., buffers_held: _Optional[_Union[BuffersHeld, _Mapping]] = ..., push_again: _Optional[_Union[PushAgain, _Mapping]] = ..., payload: _Optional[bytes] = ..., bundled: _Optional[_Iterable[bytes]] = ...) -> None: ...
