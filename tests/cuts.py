@@ -11,7 +11,7 @@ from optimd.client import Adam, ConnectionLostError, pushes, session
 from optimd.client.connection import TrainStream
 from optimd.client.jobline import JobLine
 from optimd.server.incoming import Incoming
-from optimd.wire import codec
+from optimd.wire import bundles
 from tests.support import eventually
 
 
@@ -34,7 +34,7 @@ class PushFaults:
         """How many messages of the push the server is done with."""
         self.fired = 0
         # So that each message is one that the line can be cut at.
-        monkeypatch.setattr(codec, "BUNDLE_BYTES", 0)
+        monkeypatch.setattr(bundles, "BUNDLE_BYTES", 0)
         self._patch_server(monkeypatch)
         self._patch_client(monkeypatch)
 

@@ -15,7 +15,7 @@ from optimd.client import Adam, Async, ConnectionLostError, ProxyOptions, connec
 from optimd.client.connection import TrainStream
 from optimd.server import Server, incoming
 from optimd.v1 import tensor_pb2, training_pb2
-from optimd.wire.codec import bundle
+from optimd.wire.bundles import bundle
 from optimd.wire.methods import TRAIN
 from tests.integration.test_protocol import PlainWorker, begin, end, gradient
 from tests.relay import Relay

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimd.v1 import training_pb2
-from optimd.wire import codec
-from optimd.wire.codec import MalformedMessageError, bundle, bundled, unbundle
+from optimd.wire import bundles
+from optimd.wire.bundles import bundle, bundled, unbundle
+from optimd.wire.codec import MalformedMessageError
 
 many = settings(max_examples=100, deadline=None)
 messages = st.lists(st.binary(min_size=1, max_size=300), min_size=2, max_size=8)
@@ -34,11 +35,11 @@ def test_bundling_keeps_the_messages_and_their_order(sizes: list[int]) -> None:
     sent = list(bundled(parts))
     assert [part for message in sent for part in unbundle(message)] == parts
     # The length of each of them stands beside it.
-    assert all(len(message) <= codec.BUNDLE_BYTES + 6 * len(parts) for message in sent)
+    assert all(len(message) <= bundles.BUNDLE_BYTES + 6 * len(parts) for message in sent)
 
 
 def test_a_large_message_travels_by_itself() -> None:
-    large = training_pb2.TrainRequest(payload=bytes(codec.BUNDLE_BYTES)).SerializeToString()
+    large = training_pb2.TrainRequest(payload=bytes(bundles.BUNDLE_BYTES)).SerializeToString()
     small = training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=1)).SerializeToString()
     assert list(bundled([small, small, large, small])) == [bundle([small, small]), large, small]
 

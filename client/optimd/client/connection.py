@@ -19,11 +19,15 @@ from optimd.client.exceptions import (
     ServerUnavailableError,
 )
 from optimd.client.receipts import StepReceipt, decode_receipt
+from optimd.client.samehost import Offer, SameHost, Transport
 from optimd.client.translation import translate
-from optimd.v1 import reading_pb2, training_pb2
+from optimd.v1 import job_pb2, reading_pb2, training_pb2
 from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
-from optimd.wire.codec import Frame, MalformedMessageError, bundled, decode, unbundle
+from optimd.wire.bundles import bundled, unbundle
+from optimd.wire.codec import Frame, MalformedMessageError, decode
 from optimd.wire.methods import READ_STATE, TRAIN, WATCHING_HEADER
+from optimd.wire.placement import placed
+from optimd.wire.rings import RingReader, RingWriter
 
 _CHANNEL_OPTIONS: Final = (
     # A server that is started again is found soon; the core would wait for up to two minutes.
@@ -49,10 +53,19 @@ class TrainStream:
     gRPC drains `send`'s iterators in a thread of its own, message by message, as flow control lets it; `receive`
     reads in the calling thread. So both directions of the line are used at once, and at most two messages are held.
     Belongs to one thread, but for `cancel`.
+
+    Args:
+        channel: The line.
+        address: The server's address, for messages.
+        offer: Memory that the server is to be offered. The stream closes it.
     """
 
-    def __init__(self, channel: grpc.Channel, address: str) -> None:
+    def __init__(self, channel: grpc.Channel, address: str, offer: Offer | None = None) -> None:
         self.address = address
+        self.offer = offer
+        self.ring: RingWriter | None = None
+        """Where gradients may be placed, once the server has taken the offer."""
+        self._ring: RingReader | None = None
         # Bounded by its use: one iterator is sent at a time, and the next only when it is answered.
         self._outbox: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
         self._counter = _Counter()
@@ -76,24 +89,43 @@ class TrainStream:
 
     def send(self, messages: Iterable[bytes]) -> None:
         """Sends serialised messages, in order, while the caller goes on. What they read must not change meanwhile."""
-        self._outbox.put(bundled(messages) if self.takes_bundles else messages)
+        self._outbox.put(bundled(messages, self.ring) if self.takes_bundles else messages)
 
     def receive(self) -> tuple[str, training_pb2.TrainResponse, Frame]:
         """The next message and the name of its kind. Blocks.
 
+        The payload of the one before may be gone with this: it lies where the server goes on writing.
+
         Raises:
             OptimdError: the stream has ended; with what the server said.
         """
+        if self._ring is not None:
+            self._ring.release()
+        data = None if self._here else self._next()
         try:
-            if not self._here:
-                self._here.extend(unbundle(self._next()))
+            if data is not None:
+                self._here.extend(unbundle(data))
+                # Nothing may hold a message that its reader is done with.
+                del data
             message, frame = decode(training_pb2.TrainResponse, self._here.popleft())
-        except MalformedMessageError as error:
+            kind = message.WhichOneof("message") or ""
+            if kind == "bucket":
+                frame = placed(message.bucket, frame, self._ring)
+        except ValueError as error:
             raise ProtocolError(f"the server at {self.address} sent what cannot be read: {error}") from error
-        kind = message.WhichOneof("message") or ""
         if kind == "layout_accepted":
-            self.takes_bundles = message.layout_accepted.takes_bundles
+            self._take(message.layout_accepted)
         return kind, message, frame
+
+    def _take(self, accepted: job_pb2.LayoutAccepted) -> None:
+        """The server has said what it knows how to do."""
+        self.takes_bundles = accepted.takes_bundles
+        if self.offer is None:
+            return
+        rings = self.offer.accept() if accepted.shared_memory else None
+        if rings is not None:
+            self.ring, self._ring = rings
+        self.offer.close()
 
     def _next(self) -> bytes:
         try:
@@ -137,6 +169,8 @@ class TrainStream:
         """Ends the stream at once, without a word. May be called from any thread, and more than once."""
         self._outbox.put(None)
         self._call.cancel()
+        if self.offer is not None:
+            self.offer.close()
 
 
 class StepStream:
@@ -208,10 +242,13 @@ class Connection:
 
     Args:
         address: "host:port" or "unix:///path".
+        transport: How the payloads of training streams travel, as `ProxyOptions.transport` says.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, transport: Transport = "grpc") -> None:
         self.address = address
+        self._same_host = SameHost(transport)
+        self._offer: Offer | None = None
         self._channel: grpc.Channel | None = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stream: TrainStream | None = None
         self._watch: StepStream | None = None
@@ -246,16 +283,41 @@ class Connection:
             raise OptimizerClosedError("this optimizer is closed")
         return self._channel
 
-    def probe(self, timeout_s: float) -> reading_pb2.GetCapabilitiesResponse:
-        """What the server is. Waits for one to answer.
+    def reach(self, timeout_s: float) -> None:
+        """Waits for a server to answer, and has the next stream share memory with it where that can be.
 
         Raises:
             ServerUnavailableError: none did within `timeout_s` seconds.
+            ConfigurationError: memory is to be shared, and cannot be.
+            OptimdError: what answered is not an optimd server.
+        """
+        self._drop_offer()
+        offer = self._same_host.make_offer()
+        try:
+            answer = self.probe(timeout_s, None if offer is None else offer.question())
+        except BaseException:
+            if offer is not None:
+                offer.close()
+            raise
+        self._offer = self._same_host.settle(offer, answer)
+
+    def probe(
+        self, timeout_s: float, question: job_pb2.SharedMemory | None = None
+    ) -> reading_pb2.GetCapabilitiesResponse:
+        """What the server is. Waits for one to answer.
+
+        Args:
+            timeout_s: How long, in seconds.
+            question: Memory that the server may find.
+
+        Raises:
+            ServerUnavailableError: none did in time.
             OptimdError: what answered is not an optimd server.
         """
         stub = OptimizerServiceStub(self.check())
+        request = reading_pb2.GetCapabilitiesRequest(shared_memory=question)
         try:
-            return stub.GetCapabilities(reading_pb2.GetCapabilitiesRequest(), timeout=timeout_s, wait_for_ready=True)
+            return stub.GetCapabilities(request, timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ServerUnavailableError(
@@ -279,8 +341,14 @@ class Connection:
         """Opens the training stream, in the place of one that has broken. Does not wait."""
         if self._stream is not None:
             self._stream.cancel()
-        self._stream = TrainStream(self.check(), self.address)
+        offer, self._offer = self._offer, None
+        self._stream = TrainStream(self.check(), self.address, offer)
         return self._stream
+
+    def _drop_offer(self) -> None:
+        offer, self._offer = self._offer, None
+        if offer is not None:
+            offer.close()
 
     def read_state(
         self, request: reading_pb2.ReadStateRequest
@@ -337,6 +405,7 @@ class Connection:
         self._stream = self._watch = self._channel = self._beat = None
         if not self.is_own:
             return
+        self._drop_offer()
         if stream is not None:
             stream.cancel()
         if watch is not None:

@@ -146,7 +146,8 @@ class JobLine:
                 with self.failing_for_good():
                     self._stream.send(
                         itertools.chain(
-                            opening_messages(self.request, self._incarnation), layout_messages(messages, parameters)
+                            opening_messages(self.request, self._incarnation, self._stream.offer),
+                            layout_messages(messages, parameters),
                         )
                     )
                     adopted = self._exchange_values(messages, tensors, parameters, beginnings=beginnings)
@@ -170,7 +171,7 @@ class JobLine:
         _log.warning("%s; opening job %s anew", cause, self.request.job)
         self._lost = None
         time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads workers out
-        self.connection.probe(max(0.1, self._retry.left(time.monotonic())))
+        self.connection.reach(max(0.1, self._retry.left(time.monotonic())))
 
     def grow(
         self,
@@ -425,7 +426,7 @@ class JobLine:
             time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # hides nothing
             left = self._retry.left(time.monotonic())
             try:
-                self.connection.probe(max(0.1, left))
+                self.connection.reach(max(0.1, left))
                 back = self._reopen(max(_SHORTEST_OPENING_S, left), kept)
             except (ServerUnavailableError, LimitExceededError) as error:
                 # A server that is full may count this worker's old stream still.
@@ -468,6 +469,7 @@ class JobLine:
             opening = opening_messages(
                 self.request,
                 self._incarnation,
+                self._stream.offer,
                 returns_at_step=self.job_step,
                 returns_with_sequence=self.next_sequence,
                 follows_rewind=self._follows_rewind,

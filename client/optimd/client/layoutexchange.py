@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from optimd.client.connection import TrainStream
+from optimd.client.samehost import Offer
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.layout import Parameter, decode_parameter, encode_parameter
@@ -42,6 +43,7 @@ class JobRequest:
 def opening_messages(
     request: JobRequest,
     incarnation: int,
+    offer: Offer | None,
     *,
     returns_at_step: int | None = None,
     returns_with_sequence: int = 0,
@@ -52,6 +54,7 @@ def opening_messages(
     Args:
         request: Which job, and as whom.
         incarnation: Which process it is.
+        offer: Memory that it would share.
         returns_at_step: The job step that its parameters are of, where it has been in the job.
         returns_with_sequence: The number of its next push, where it has.
         follows_rewind: Whether it takes the job as it is though that may not be as far.
@@ -73,6 +76,7 @@ def opening_messages(
                 returns_with_sequence=returns_with_sequence,
                 follows_rewind=follows_rewind,
                 takes_bundles=True,
+                shared_memory=None if offer is None else offer.message(),
             )
         )
     )

@@ -135,6 +135,10 @@ class ProxyOptions:
     streaming with one worker and in an asynchronous job, atomic with several. Streaming with several synchronous
     workers, one that is lost midway has its gradients in some buckets and not in others."""
 
+    transport: Literal["auto", "grpc", "shm"] = "auto"
+    """How gradients and parameters travel in a step: in shared memory, which needs a server on the same host that runs
+    as the same user, or in gRPC's messages. Auto: the first where it is to be had. Shm: an error where it is not."""
+
     master_dtype: torch.dtype | None = None
     """A real floating-point dtype, such as torch.float32, in which the server keeps values and state of the parameters
     that are of a narrower one; parameters as wide or wider and complex ones are left as they are. Gradients are added
@@ -181,6 +185,8 @@ class ProxyOptions:
             raise ConfigurationError(f'ProxyOptions(apply={self.apply!r}): "auto", "streaming" or "atomic" is needed')
         if self.on_rewind not in ("error", "follow"):
             raise ConfigurationError(f'ProxyOptions(on_rewind={self.on_rewind!r}): "error" or "follow" is needed')
+        if self.transport not in ("auto", "grpc", "shm"):
+            raise ConfigurationError(f'ProxyOptions(transport={self.transport!r}): "auto", "grpc" or "shm" is needed')
         self._check_numerics()
         if self.bucket_bytes is not None and not MIN_BUCKET_BYTES <= self.bucket_bytes <= MAX_BUCKET_BYTES:
             raise ConfigurationError(

@@ -77,8 +77,8 @@ class OptimizerProxy(RemoteOptimizer):
         name = (placement.request.job, placement.request.worker_id)
         connection: Connection | None = None
         try:
-            connection = Connection(placement.find_server())
-            connection.probe(options.retry_timeout_s)
+            connection = Connection(placement.find_server(), options.transport)
+            connection.reach(options.retry_timeout_s)
             line = JobLine(
                 connection,
                 placement.request,

@@ -14,6 +14,7 @@ from optimd.v1 import param_group_pb2, state_dict_pb2, training_pb2
 from optimd.wire.codec import encode
 from optimd.wire.kinds import GRADIENT, PARAMETER
 from optimd.wire.paging import paginate
+from optimd.wire.rings import RingWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ def push_messages(
     group_pages: Sequence[Sequence[param_group_pb2.ParamGroup]],
     pushed_pages: Sequence[Sequence[state_dict_pb2.PushedEntry]],
     held: Collection[int] = (),
+    ring: RingWriter | None = None,
 ) -> Iterator[bytes]:
     """The messages of a push, in order, without the buckets that the server holds of its gradients."""
     yield encode(training_pb2.TrainRequest(step_begin=begin))
@@ -52,32 +54,40 @@ def push_messages(
     yield from tensor_buckets(layout, PARAMETER, push.values)
     yield from state_buckets(layout, push.states)
     wanted = {bucket.bucket_id for bucket in layout.buckets}.difference(held) if held else None
-    count = yield from gradient_messages(layout, () if push.skipped else push.grads, wanted)
+    count = yield from gradient_messages(layout, () if push.skipped else push.grads, wanted, ring)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 
-def repeated_messages(layout: JobLayout, push: Push, buckets: Collection[int]) -> Iterator[bytes]:
+def repeated_messages(
+    layout: JobLayout, push: Push, buckets: Collection[int], ring: RingWriter | None = None
+) -> Iterator[bytes]:
     """The messages that push some buckets again, in order."""
-    count = yield from gradient_messages(layout, push.grads, buckets)
+    count = yield from gradient_messages(layout, push.grads, buckets, ring)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 
 def accumulation_messages(
-    layout: JobLayout, grads: Sequence[torch.Tensor | None], begin: training_pb2.Accumulate
+    layout: JobLayout,
+    grads: Sequence[torch.Tensor | None],
+    begin: training_pb2.Accumulate,
+    ring: RingWriter | None = None,
 ) -> Iterator[bytes]:
     """The messages that have gradients held for the next push, in order."""
     yield encode(training_pb2.TrainRequest(accumulate=begin))
-    count = yield from gradient_messages(layout, grads)
+    count = yield from gradient_messages(layout, grads, ring=ring)
     yield encode(training_pb2.TrainRequest(accumulate_end=training_pb2.AccumulateEnd(bucket_count=count)))
 
 
 def gradient_messages(
-    layout: JobLayout, grads: Sequence[torch.Tensor | None], wanted: Collection[int] | None = None
+    layout: JobLayout,
+    grads: Sequence[torch.Tensor | None],
+    wanted: Collection[int] | None = None,
+    ring: RingWriter | None = None,
 ) -> Generator[bytes, None, int]:
     """The buckets that have any gradient, or of these the `wanted` ones, by id. Returns how many there were."""
     present = {index: grad for index, grad in enumerate(grads) if grad is not None}
     count = 0
-    for bucket in tensor_buckets(layout, GRADIENT, present, wanted):
+    for bucket in tensor_buckets(layout, GRADIENT, present, wanted, ring):
         yield bucket
         count += 1
     return count

@@ -290,12 +290,16 @@ class Session:
             resumed=bool(opened.held),
         )
         with self._line.failing_for_good(), opened.counting(stream):
-            stream.send(push_messages(self._line.layout, push, begin, group_pages, pushed_pages, opened.held))
+            stream.send(
+                push_messages(self._line.layout, push, begin, group_pages, pushed_pages, opened.held, stream.ring)
+            )
             writer = FlatWriter(tensors, self.parameters)
             while True:
                 kind, message, frame = stream.expect("bucket", "receipt", "refused", "push_again")
                 if kind == "push_again":
-                    stream.send(repeated_messages(self._line.layout, push, set(message.push_again.buckets)))
+                    stream.send(
+                        repeated_messages(self._line.layout, push, set(message.push_again.buckets), stream.ring)
+                    )
                 elif kind == "bucket":
                     opened.keep_values()
                     write_values(writer, self._line.layout, message.bucket, frame.payload, stream.address)
@@ -341,7 +345,7 @@ class Session:
                 layout_count=self._line.layout_count,
             )
             stream = self._line.stream()
-            stream.send(accumulation_messages(self._line.layout, grads, begin))
+            stream.send(accumulation_messages(self._line.layout, grads, begin, stream.ring))
             kind, message, _ = stream.expect("accumulated", "refused")
             return kind, message
 

@@ -17,6 +17,8 @@ from optimd.wire.codec import encode
 from optimd.wire.kinds import PARAMETER, decode_kind, encode_kind
 from optimd.wire.layout import Bucket, Parameter, pack_present, unpack_present
 from optimd.wire.paging import paginate
+from optimd.wire.placement import place
+from optimd.wire.rings import RingWriter
 from optimd.wire.tensors import unflatten
 
 
@@ -28,18 +30,26 @@ class RemoteEntry:
     tensors: dict[str, torch.Tensor]
 
 
-def bucket_message(kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader) -> bytes:
-    """A `TrainRequest` that carries one kind of tensor of a bucket's present slices."""
+def bucket_message(
+    kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader, ring: RingWriter | None = None
+) -> bytes:
+    """A `TrainRequest` that carries one kind of tensor of a bucket's present slices. May wait for shared memory."""
     header = tensor_pb2.TensorBucket(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
-    return encode(training_pb2.TrainRequest(bucket=header), reader.parts(kind, bucket, present))
+    parts = place(header, reader.parts(kind, bucket, present), bucket.payload_bytes(kind, present), ring)
+    return encode(training_pb2.TrainRequest(bucket=header), parts)
 
 
 def tensor_buckets(
-    layout: JobLayout, kind: str, tensors: Mapping[int, torch.Tensor], wanted: Collection[int] | None = None
+    layout: JobLayout,
+    kind: str,
+    tensors: Mapping[int, torch.Tensor],
+    wanted: Collection[int] | None = None,
+    ring: RingWriter | None = None,
 ) -> Iterator[bytes]:
     """The buckets that have any of these tensors, which are of one kind, by parameter index. Without any, none.
 
-    Where only some buckets are `wanted`, by id, the others are left out.
+    Where only some buckets are `wanted`, by id, the others are left out. Their payloads go through `ring`, where there
+    is one.
     """
     if not tensors:
         return
@@ -47,7 +57,7 @@ def tensor_buckets(
     for bucket in layout.buckets:
         present = [piece.parameter in tensors for piece in bucket.slices]
         if any(present) and (wanted is None or bucket.bucket_id in wanted):
-            yield bucket_message(kind, bucket, present, reader)
+            yield bucket_message(kind, bucket, present, reader, ring)
 
 
 def state_buckets(layout: JobLayout, entries: Mapping[int, RemoteEntry]) -> Iterator[bytes]:

@@ -47,6 +47,7 @@ def serve(
     drain_timeout_s: Annotated[
         float, typer.Option(help=ServerConfig.help_of("drain_timeout_s"))
     ] = _DEFAULTS.drain_timeout_s,
+    shared_memory: Annotated[bool, typer.Option(help=ServerConfig.help_of("shared_memory"))] = _DEFAULTS.shared_memory,
     health: Annotated[bool, typer.Option(help=ServerConfig.help_of("health"))] = _DEFAULTS.health,
     log_level: Annotated[LogLevel, typer.Option(help="Log from this level on.")] = LogLevel.INFO,
     log_format: Annotated[
@@ -79,6 +80,7 @@ def serve(
         journal_segment_bytes=journal_segment_bytes,
         accept_loss=accept_loss,
         drain_timeout_s=drain_timeout_s,
+        shared_memory=shared_memory,
         health=health,
     )
     configure(log_format, log_level)

@@ -12,10 +12,8 @@ from optimd.server.errors import (
     RequestError,
     UpdateRefusedError,
 )
-from optimd.v1 import errors_pb2, param_group_pb2, tensor_pb2, training_pb2
+from optimd.v1 import errors_pb2, param_group_pb2, training_pb2
 from optimd.wire.codec import encode
-from optimd.wire.kinds import PARAMETER, encode_kind
-from optimd.wire.layout import Bucket, pack_present
 from optimd.wire.param_groups import decode_group
 from optimd.wire.reasons import encode_reason
 
@@ -27,14 +25,6 @@ def refusal(error: RequestError) -> bytes:
     """Says that what the worker began is not taken, on a stream that goes on."""
     detail = errors_pb2.ErrorDetail(reason=encode_reason(error.reason), message=error.message)
     return encode(training_pb2.TrainResponse(refused=detail))
-
-
-def values(bucket: Bucket, present: list[bool], payload: list[memoryview]) -> bytes:
-    """The values of a bucket's present slices."""
-    header = tensor_pb2.TensorBucket(
-        bucket_id=bucket.bucket_id, kind=encode_kind(PARAMETER), present=pack_present(present)
-    )
-    return encode(training_pb2.TrainResponse(bucket=header), payload)
 
 
 def decode_options(group: param_group_pb2.ParamGroup) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from optimd.server.services import AdminService, Limits, OptimizerService
 from optimd.server.storage import Storage, StorageSettings
 from optimd.server.timekeeper import TimeKeeper
 from optimd.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
+from optimd.wire.sharedmemory import sweep
 
 if TYPE_CHECKING:
     from grpc_health.v1.health import HealthServicer
@@ -76,6 +77,7 @@ class Server:
             max_job_workers=config.max_job_workers or config.max_workers,
             max_jobs=config.max_jobs,
             max_job_bytes=config.resolved_max_job_bytes(),
+            shares_memory=config.shared_memory,
         )
         self._storage = _storage(config, self.device, files) if config.keeps_jobs else None
         self.registry = JobRegistry(
@@ -111,6 +113,8 @@ class Server:
             ConfigurationError: the address cannot be bound, or a job cannot be brought back.
         """
         torch.set_num_threads(self._config.resolved_threads())
+        if self._config.shared_memory:
+            sweep()
         self.registry.recover()
         path = self._config.socket_path
         try:

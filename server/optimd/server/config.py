@@ -88,6 +88,10 @@ class ServerConfig:
         default=False,
         text="Go on from what stands before a damaged record. What stands behind it is deleted: copy the folder first.",
     )
+    shared_memory: bool = setting(
+        default=True,
+        text="Let workers on this host hand over payloads in shared memory, where they run as the same user.",
+    )
     drain_timeout_s: float = setting(10.0, "How long a stopping server waits for open steps, in seconds.")
     health: bool = setting(
         default=True, text="Serve the standard health and reflection services. They need optimd[server]."

@@ -10,9 +10,12 @@ import torch
 from optimd.server.errors import InvalidFieldError, OutOfOrderError
 from optimd.server.store import Store
 from optimd.v1 import job_pb2, state_dict_pb2, tensor_pb2, training_pb2
-from optimd.wire.codec import Frame, MalformedMessageError, decode, unbundle
+from optimd.wire.bundles import unbundle
+from optimd.wire.codec import Frame, MalformedMessageError, decode
 from optimd.wire.kinds import decode_kind
 from optimd.wire.layout import Bucket, unpack_present
+from optimd.wire.placement import placed
+from optimd.wire.rings import RingReader
 from optimd.wire.tensors import tensor_over
 
 
@@ -29,9 +32,19 @@ class Incoming:
         self._on_message = on_message
         # What has come in one bundle and has not been read yet.
         self._here: deque[bytes] = deque()
+        self._ring: RingReader | None = None
         self.has_ended = False
         """Whether nothing more will come: the worker has closed its side, or its line is down."""
         self.bytes_received = 0
+
+    def share(self, ring: RingReader) -> None:
+        """Payloads may come through shared memory from now on."""
+        self._ring = ring
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether they may."""
+        return self._ring is not None
 
     @property
     def has_next(self) -> bool:
@@ -41,9 +54,13 @@ class Incoming:
     def receive(self) -> tuple[str, training_pb2.TrainRequest, Frame] | None:
         """The next message and the name of its kind; None where the worker has closed its side.
 
+        The payload of the one before may be gone with this: it lies where the worker goes on writing.
+
         Raises:
             InvalidFieldError: it is malformed.
         """
+        if self._ring is not None:
+            self._ring.release()
         try:
             if not self._here:
                 data = next(self._requests, None)
@@ -61,9 +78,20 @@ class Incoming:
         kind = message.WhichOneof("message")
         if kind is None:
             raise InvalidFieldError("TrainRequest.message", "is not set")
-        if frame.payload.nbytes and kind not in ("bucket", "buffer_chunk"):
+        if kind == "bucket":
+            frame = self._with_payload(message.bucket, frame)
+        elif frame.payload.nbytes and kind != "buffer_chunk":
             raise InvalidFieldError("TrainRequest.payload", f"a {kind} has none")
         return kind, message, frame
+
+    def _with_payload(self, header: tensor_pb2.TensorBucket, frame: Frame) -> Frame:
+        try:
+            found = placed(header, frame, self._ring)
+        except ValueError as error:
+            raise InvalidFieldError("TensorBucket.placement", str(error)) from error
+        if found is not frame:
+            self.bytes_received += found.payload.nbytes
+        return found
 
     def expect(self, *kinds: str) -> tuple[str, training_pb2.TrainRequest, Frame]:
         """The next message, which must be of one of `kinds`.

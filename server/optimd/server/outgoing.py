@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from optimd.wire import codec
+from optimd.v1 import tensor_pb2, training_pb2
+from optimd.wire.bundles import Bundler
+from optimd.wire.codec import encode
+from optimd.wire.kinds import PARAMETER, encode_kind
+from optimd.wire.layout import Bucket, pack_present
+from optimd.wire.placement import place
+from optimd.wire.rings import RingWriter
 
 
 class Outgoing:
-    """Sends one stream's answers, small ones together where its worker reads them so. Belongs to one thread.
+    """Sends one stream's answers. Belongs to one thread.
 
-    What is given to `put` may be held back until `flush`, which is due before anything is waited for that the worker
-    does only when it has that.
+    Small ones go together, where the worker reads them so: what is given to `put` may be held back until `flush`, which
+    is due before anything is waited for that the worker does only when it has that.
     """
 
     def __init__(self) -> None:
         self.takes_bundles = False
         """Whether the worker reads bundles, as it has said."""
-        self._held: list[bytes] = []
-        self._held_bytes = 0
+        self._bundler = Bundler()
+        self.placed_bytes = 0
+        """How many bytes have gone through shared memory."""
+
+    def share(self, ring: RingWriter) -> None:
+        """Payloads may go through shared memory from now on."""
+        self._bundler.ring = ring
 
     def put(self, message: bytes) -> Iterator[bytes]:
         """What is to be sent now that `message` is to follow what was put before."""
-        if not self.takes_bundles:
+        if self.takes_bundles:
+            yield from self._bundler.put(message)
+        else:
             yield message
-            return
-        if self._held_bytes + len(message) > codec.BUNDLE_BYTES:
-            yield from self.flush()
-        if len(message) > codec.BUNDLE_BYTES:
-            yield message
-            return
-        self._held.append(message)
-        self._held_bytes += len(message)
 
     def flush(self) -> Iterator[bytes]:
         """What was held back."""
-        if self._held:
-            held, self._held, self._held_bytes = self._held, [], 0
-            yield codec.bundle(held)
+        yield from self._bundler.flush()
+
+    def values(self, bucket: Bucket, present: Sequence[bool], parts: list[memoryview]) -> bytes:
+        """The message with the values of a bucket's present slices, which are read now. May wait for shared memory."""
+        header = tensor_pb2.TensorBucket(
+            bucket_id=bucket.bucket_id, kind=encode_kind(PARAMETER), present=pack_present(present)
+        )
+        nbytes = sum(part.nbytes for part in parts)
+        carried = place(header, parts, nbytes, self._bundler.ring)
+        if header.HasField("placement"):
+            self.placed_bytes += nbytes
+        return encode(training_pb2.TrainResponse(bucket=header), carried)

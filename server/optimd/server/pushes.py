@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 
-from optimd.server.answers import decode_options, refusal, values
+from optimd.server.answers import decode_options, refusal
 from optimd.server.errors import (
     AccumulationLostError,
     InvalidFieldError,
@@ -114,7 +114,7 @@ def _serve_begun(
         return
     catch_up = job.pulling.catch_up_of(push)
     if catch_up is not None:
-        for message in unseen_values(job, push.member, catch_up):
+        for message in unseen_values(outgoing, job, push.member, catch_up):
             yield from outgoing.put(message)
     receipt = job.pulling.settle(push, catch_up)
     job.journal.await_durable()
@@ -140,15 +140,16 @@ def _applied_values(
 ) -> Iterator[bytes]:
     for bucket_id, present in applied:
         bucket = push.store.buckets[bucket_id]
-        yield from outgoing.put(values(bucket, present, job.pulling.read(push.member, bucket, present, unmoved=True)))
+        parts = job.pulling.read(push.member, bucket, present, unmoved=True)
+        yield from outgoing.put(outgoing.values(bucket, present, parts))
 
 
-def unseen_values(job: Job, member: Member, catch_up: CatchUp) -> Iterator[bytes]:
+def unseen_values(outgoing: Outgoing, job: Job, member: Member, catch_up: CatchUp) -> Iterator[bytes]:
     """The buckets that are new to a worker."""
     while (bucket_id := job.pulling.next_unseen(member, catch_up)) is not None:
         bucket = job.store.buckets[bucket_id]
         present = [True] * len(bucket.slices)
-        yield values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
+        yield outgoing.values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
 
 
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_MESSAGE_BYTES
 from optimd.wire.methods import SERVICE, WATCHING_HEADER
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
+from optimd.wire.sharedmemory import NotSharedError, check_shared
 
 _MAX_PAGE = 1000
 _OPENING_TIMEOUT_S = 60.0
@@ -41,6 +42,7 @@ class Limits:
     max_job_workers: int
     max_jobs: int
     max_job_bytes: int
+    shares_memory: bool = True
 
 
 class OptimizerService:
@@ -97,9 +99,12 @@ class OptimizerService:
         )
 
     def get_capabilities(
-        self, _request: reading_pb2.GetCapabilitiesRequest, _context: grpc.ServicerContext
+        self, request: reading_pb2.GetCapabilitiesRequest, _context: grpc.ServicerContext
     ) -> reading_pb2.GetCapabilitiesResponse:
-        """What the server is and how much it takes."""
+        """What the server is and how much it takes, and whether it is where a worker has shared memory."""
+        reason = ""
+        if request.HasField("shared_memory"):
+            reason = self._not_shared_because(request.shared_memory)
         return reading_pb2.GetCapabilitiesResponse(
             server_version=version("optimd"),
             torch_version=torch.__version__,
@@ -110,7 +115,19 @@ class OptimizerService:
             max_jobs=self._limits.max_jobs,
             max_job_bytes=self._limits.max_job_bytes,
             rules=[update.RULE],
+            shares_memory=request.HasField("shared_memory") and not reason,
+            not_shared_because=reason,
         )
+
+    def _not_shared_because(self, offer: job_pb2.SharedMemory) -> str:
+        """Why a worker's memory is not shared; empty where it is."""
+        if not self._limits.shares_memory:
+            return "the server is not to share memory (--no-shared-memory)"
+        try:
+            check_shared(offer.name, offer.token)
+        except NotSharedError as error:
+            return str(error)
+        return ""
 
     def heartbeat(
         self, request: reading_pb2.HeartbeatRequest, _context: grpc.ServicerContext
@@ -133,7 +150,13 @@ class OptimizerService:
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} workers at once and is full (--max-workers)"
             )
-        session = TrainSession(self._registry, requests, is_active=context.is_active, cancel=context.cancel)
+        session = TrainSession(
+            self._registry,
+            requests,
+            is_active=context.is_active,
+            cancel=context.cancel,
+            shares_memory=self._limits.shares_memory,
+        )
         # A stream that says nothing would hold its place for ever.
         impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
         impatience.daemon = True

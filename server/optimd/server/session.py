@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from optimd.server import update
 from optimd.server.aggregation import Worker
-from optimd.server.answers import DECLINED, decode_options, refusal, values
+from optimd.server.answers import DECLINED, decode_options, refusal
 from optimd.server.bringing import AdoptedGroups, LoadedState
 from optimd.server.bufferexchange import attach_buffers, push_buffers, receive_first_buffers
 from optimd.server.errors import (
@@ -39,6 +39,7 @@ from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, encode_bucket, encode_parameter, pack_bucket_ids
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
+from optimd.wire.sharedmemory import NotSharedError, attach
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +68,10 @@ class TrainSession:
         *,
         is_active: Callable[[], bool] = lambda: True,
         cancel: Callable[[], object] = lambda: None,
+        shares_memory: bool = True,
     ) -> None:
         self._registry = registry
+        self._shares_memory = shares_memory
         self._incoming = Incoming(requests, self._hear)
         self._outgoing = Outgoing()
         self._is_active = is_active
@@ -77,6 +80,7 @@ class TrainSession:
         self._member: Member | None = None
         self._ended = False
         self._leaves = False
+        self._bytes_sent = 0
         self._on_opened: Callable[[], None] = lambda: None
 
     def end(self) -> None:
@@ -106,7 +110,8 @@ class TrainSession:
                 if self._member is None:
                     yield response
                     continue
-                self._member.bytes_sent += len(response)
+                self._bytes_sent += len(response)
+                self._member.bytes_sent = self._bytes_sent + self._outgoing.placed_bytes
                 self._member.bytes_received = self._incoming.bytes_received
                 # gRPC comes back for the next one when it has got rid of this one.
                 self._member.place.sending_since_s = time.monotonic()
@@ -167,9 +172,24 @@ class TrainSession:
 
     # --- opening and growing
 
+    def _share_memory(self, message: job_pb2.OpenJob) -> None:
+        """Maps the worker's memory, if it has brought any that is to be had here."""
+        offer = message.shared_memory
+        if not self._shares_memory or not message.HasField("shared_memory"):
+            return
+        try:
+            mapping = attach(offer.name, offer.token, offer.up_bytes, offer.down_bytes)
+        except NotSharedError as error:
+            _log.warning("worker %s of job %s: no shared memory: %s", message.worker.worker_id, message.job, error)
+            return
+        writer, reader = mapping.server_side()
+        self._outgoing.share(writer)
+        self._incoming.share(reader)
+
     def _open(self) -> Generator[bytes, None, tuple[Job, Member]]:
         _, message, _ = self._incoming.expect("open")
         self._outgoing.takes_bundles = message.open.takes_bundles
+        self._share_memory(message.open)
         opening = read_opening(message.open)
         layout = read_layout(self._incoming.layout_pages(), max_bytes=self._registry.max_job_bytes)
         self._on_opened()
@@ -298,12 +318,12 @@ class TrainSession:
             yield encode(training_pb2.TrainResponse(layout=layout))
         for bucket in buckets:
             present = [True] * len(bucket.slices)
-            yield values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
+            yield self._outgoing.values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
         step = job.step
         if joins:
             # What has changed meanwhile, as it does where the job does not wait for this worker.
             catch_up = CatchUp()
-            yield from unseen_values(job, member, catch_up)
+            yield from unseen_values(self._outgoing, job, member, catch_up)
             step = catch_up.step
         yield from self._ready(job, member, step=step, tells=tells)
 
@@ -315,6 +335,7 @@ class TrainSession:
             bucket_count=count,
             apply=encode_apply(job.settings),
             takes_bundles=True,
+            shared_memory=self._incoming.shares_memory,
         )
 
     def _ready(

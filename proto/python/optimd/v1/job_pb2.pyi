@@ -106,8 +106,20 @@ class Aggregation(_message.Message):
     asynchronous: AsyncAggregation
     def __init__(self, sync: _Optional[_Union[SyncAggregation, _Mapping]] = ..., asynchronous: _Optional[_Union[AsyncAggregation, _Mapping]] = ...) -> None: ...
 
+class SharedMemory(_message.Message):
+    __slots__ = ("name", "token", "up_bytes", "down_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    token: bytes
+    up_bytes: int
+    down_bytes: int
+    def __init__(self, name: _Optional[str] = ..., token: _Optional[bytes] = ..., up_bytes: _Optional[int] = ..., down_bytes: _Optional[int] = ...) -> None: ...
+
 class OpenJob(_message.Message):
-    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step", "returns_with_sequence", "follows_rewind", "takes_bundles")
+    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step", "returns_with_sequence", "follows_rewind", "takes_bundles", "shared_memory")
     JOB_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ON_EXISTING_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +134,7 @@ class OpenJob(_message.Message):
     RETURNS_WITH_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_REWIND_FIELD_NUMBER: _ClassVar[int]
     TAKES_BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     job: str
     worker: WorkerIdentity
     on_existing: OnExisting
@@ -136,7 +149,8 @@ class OpenJob(_message.Message):
     returns_with_sequence: int
     follows_rewind: bool
     takes_bundles: bool
-    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ..., returns_with_sequence: _Optional[int] = ..., follows_rewind: bool = ..., takes_bundles: bool = ...) -> None: ...
+    shared_memory: SharedMemory
+    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ..., returns_with_sequence: _Optional[int] = ..., follows_rewind: bool = ..., takes_bundles: bool = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class CarriedState(_message.Message):
     __slots__ = ("parameter", "carried_from")
@@ -159,7 +173,7 @@ class LayoutPage(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ..., carried: _Optional[_Iterable[_Union[CarriedState, _Mapping]]] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
-    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "takes_bundles")
+    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "takes_bundles", "shared_memory")
     SEND_VALUES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +181,7 @@ class LayoutAccepted(_message.Message):
     APPLY_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     TAKES_BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     send_values: bool
     resumed: bool
     bucket_bytes: int
@@ -174,7 +189,8 @@ class LayoutAccepted(_message.Message):
     apply: ApplyMode
     current: bool
     takes_bundles: bool
-    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., takes_bundles: bool = ...) -> None: ...
+    shared_memory: bool
+    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., takes_bundles: bool = ..., shared_memory: bool = ...) -> None: ...
 
 class JobReady(_message.Message):
     __slots__ = ("job_step", "next_sequence", "load_count", "layout_count", "rank", "lease_s", "receipt_follows", "held_buckets", "rewound")

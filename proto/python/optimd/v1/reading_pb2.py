@@ -28,7 +28,7 @@ from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 from optimd.v1 import training_pb2 as optimd_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optimd/v1/reading.proto\x12\toptimd.v1\x1a\x13optimd/v1/job.proto\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\x1a\x18optimd/v1/training.proto\"\x18\n\x16GetCapabilitiesRequest\"\xda\x01\n\x17GetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\r\x12\x18\n\x10max_bucket_bytes\x18\x05 \x01(\r\x12\x13\n\x0bmax_workers\x18\x06 \x01(\r\x12\x10\n\x08max_jobs\x18\x07 \x01(\r\x12\x15\n\rmax_job_bytes\x18\x08 \x01(\x04\x12\r\n\x05rules\x18\t \x03(\t\"G\n\x10HeartbeatRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"#\n\x11HeartbeatResponse\x12\x0e\n\x06in_job\x18\x01 \x01(\x08\"\x81\x01\n\x10ReadStateRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\r\x12&\n\x07tensors\x18\x03 \x03(\x0e\x32\x15.optimd.v1.TensorKind\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\x08\x12\x0f\n\x07\x62uffers\x18\x05 \x01(\x08\"\xdd\x01\n\x0eJobDescription\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x0b\x61ggregation\x18\x02 \x01(\x0b\x32\x16.optimd.v1.Aggregation\x12#\n\x05\x61pply\x18\x03 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x14\n\x0c\x62ucket_bytes\x18\x04 \x01(\r\x12\x1a\n\rmax_grad_norm\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\'\n\tnonfinite\x18\x06 \x01(\x0e\x32\x14.optimd.v1.NonFiniteB\x10\n\x0e_max_grad_norm\"\xf4\x02\n\x11ReadStateResponse\x12.\n\nstate_dict\x18\x01 \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12)\n\x06\x62ucket\x18\x02 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12\x30\n\x0b\x64\x65scription\x18\x03 \x01(\x0b\x32\x19.optimd.v1.JobDescriptionH\x00\x12\'\n\x06layout\x18\x04 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12\x32\n\x0c\x62ucket_table\x18\x05 \x01(\x0b\x32\x1a.optimd.v1.BucketTablePageH\x00\x12)\n\x07\x62uffers\x18\x06 \x01(\x0b\x32\x16.optimd.v1.BuffersPageH\x00\x12.\n\x0c\x62uffer_chunk\x18\x07 \x01(\x0b\x32\x16.optimd.v1.BufferChunkH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"\x1e\n\x0fSnapshotRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\">\n\x10SnapshotResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"G\n\x11WatchStepsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nafter_step\x18\x03 \x01(\x04\"R\n\x12WatchStepsResponse\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.optimd.v1.StepReceipt\x12\x13\n\x0b\x63ontributed\x18\x02 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optimd/v1/reading.proto\x12\toptimd.v1\x1a\x13optimd/v1/job.proto\x1a\x1aoptimd/v1/state_dict.proto\x1a\x16optimd/v1/tensor.proto\x1a\x18optimd/v1/training.proto\"H\n\x16GetCapabilitiesRequest\x12.\n\rshared_memory\x18\x01 \x01(\x0b\x32\x17.optimd.v1.SharedMemory\"\x8d\x02\n\x17GetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\r\x12\x18\n\x10max_bucket_bytes\x18\x05 \x01(\r\x12\x13\n\x0bmax_workers\x18\x06 \x01(\r\x12\x10\n\x08max_jobs\x18\x07 \x01(\r\x12\x15\n\rmax_job_bytes\x18\x08 \x01(\x04\x12\r\n\x05rules\x18\t \x03(\t\x12\x15\n\rshares_memory\x18\n \x01(\x08\x12\x1a\n\x12not_shared_because\x18\x0b \x01(\t\"G\n\x10HeartbeatRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"#\n\x11HeartbeatResponse\x12\x0e\n\x06in_job\x18\x01 \x01(\x08\"\x81\x01\n\x10ReadStateRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\r\x12&\n\x07tensors\x18\x03 \x03(\x0e\x32\x15.optimd.v1.TensorKind\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\x08\x12\x0f\n\x07\x62uffers\x18\x05 \x01(\x08\"\xdd\x01\n\x0eJobDescription\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x0b\x61ggregation\x18\x02 \x01(\x0b\x32\x16.optimd.v1.Aggregation\x12#\n\x05\x61pply\x18\x03 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x14\n\x0c\x62ucket_bytes\x18\x04 \x01(\r\x12\x1a\n\rmax_grad_norm\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\'\n\tnonfinite\x18\x06 \x01(\x0e\x32\x14.optimd.v1.NonFiniteB\x10\n\x0e_max_grad_norm\"\xf4\x02\n\x11ReadStateResponse\x12.\n\nstate_dict\x18\x01 \x01(\x0b\x32\x18.optimd.v1.StateDictPageH\x00\x12)\n\x06\x62ucket\x18\x02 \x01(\x0b\x32\x17.optimd.v1.TensorBucketH\x00\x12\x30\n\x0b\x64\x65scription\x18\x03 \x01(\x0b\x32\x19.optimd.v1.JobDescriptionH\x00\x12\'\n\x06layout\x18\x04 \x01(\x0b\x32\x15.optimd.v1.LayoutPageH\x00\x12\x32\n\x0c\x62ucket_table\x18\x05 \x01(\x0b\x32\x1a.optimd.v1.BucketTablePageH\x00\x12)\n\x07\x62uffers\x18\x06 \x01(\x0b\x32\x16.optimd.v1.BuffersPageH\x00\x12.\n\x0c\x62uffer_chunk\x18\x07 \x01(\x0b\x32\x16.optimd.v1.BufferChunkH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"\x1e\n\x0fSnapshotRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\">\n\x10SnapshotResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"G\n\x11WatchStepsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x12\n\nafter_step\x18\x03 \x01(\x04\"R\n\x12WatchStepsResponse\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.optimd.v1.StepReceipt\x12\x13\n\x0b\x63ontributed\x18\x02 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,25 +36,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.reading_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETCAPABILITIESREQUEST']._serialized_start=137
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=161
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=164
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=382
-  _globals['_HEARTBEATREQUEST']._serialized_start=384
-  _globals['_HEARTBEATREQUEST']._serialized_end=455
-  _globals['_HEARTBEATRESPONSE']._serialized_start=457
-  _globals['_HEARTBEATRESPONSE']._serialized_end=492
-  _globals['_READSTATEREQUEST']._serialized_start=495
-  _globals['_READSTATEREQUEST']._serialized_end=624
-  _globals['_JOBDESCRIPTION']._serialized_start=627
-  _globals['_JOBDESCRIPTION']._serialized_end=848
-  _globals['_READSTATERESPONSE']._serialized_start=851
-  _globals['_READSTATERESPONSE']._serialized_end=1223
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1225
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1255
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=1257
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=1319
-  _globals['_WATCHSTEPSREQUEST']._serialized_start=1321
-  _globals['_WATCHSTEPSREQUEST']._serialized_end=1392
-  _globals['_WATCHSTEPSRESPONSE']._serialized_start=1394
-  _globals['_WATCHSTEPSRESPONSE']._serialized_end=1476
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=209
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=212
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=481
+  _globals['_HEARTBEATREQUEST']._serialized_start=483
+  _globals['_HEARTBEATREQUEST']._serialized_end=554
+  _globals['_HEARTBEATRESPONSE']._serialized_start=556
+  _globals['_HEARTBEATRESPONSE']._serialized_end=591
+  _globals['_READSTATEREQUEST']._serialized_start=594
+  _globals['_READSTATEREQUEST']._serialized_end=723
+  _globals['_JOBDESCRIPTION']._serialized_start=726
+  _globals['_JOBDESCRIPTION']._serialized_end=947
+  _globals['_READSTATERESPONSE']._serialized_start=950
+  _globals['_READSTATERESPONSE']._serialized_end=1322
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1324
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1354
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=1356
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=1418
+  _globals['_WATCHSTEPSREQUEST']._serialized_start=1420
+  _globals['_WATCHSTEPSREQUEST']._serialized_end=1491
+  _globals['_WATCHSTEPSRESPONSE']._serialized_start=1493
+  _globals['_WATCHSTEPSRESPONSE']._serialized_end=1575
 # @@protoc_insertion_point(module_scope)

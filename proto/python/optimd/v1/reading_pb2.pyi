@@ -11,11 +11,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GetCapabilitiesRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("shared_memory",)
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    shared_memory: _job_pb2.SharedMemory
+    def __init__(self, shared_memory: _Optional[_Union[_job_pb2.SharedMemory, _Mapping]] = ...) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("server_version", "torch_version", "device", "max_message_bytes", "max_bucket_bytes", "max_workers", "max_jobs", "max_job_bytes", "rules")
+    __slots__ = ("server_version", "torch_version", "device", "max_message_bytes", "max_bucket_bytes", "max_workers", "max_jobs", "max_job_bytes", "rules", "shares_memory", "not_shared_because")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +27,8 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
     MAX_JOB_BYTES_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
+    SHARES_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    NOT_SHARED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     torch_version: str
     device: str
@@ -34,7 +38,9 @@ class GetCapabilitiesResponse(_message.Message):
     max_jobs: int
     max_job_bytes: int
     rules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_bucket_bytes: _Optional[int] = ..., max_workers: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_job_bytes: _Optional[int] = ..., rules: _Optional[_Iterable[str]] = ...) -> None: ...
+    shares_memory: bool
+    not_shared_because: str
+    def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_bucket_bytes: _Optional[int] = ..., max_workers: _Optional[int] = ..., max_jobs: _Optional[int] = ..., max_job_bytes: _Optional[int] = ..., rules: _Optional[_Iterable[str]] = ..., shares_memory: bool = ..., not_shared_because: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("job", "worker_id", "incarnation")

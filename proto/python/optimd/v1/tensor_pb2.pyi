@@ -98,14 +98,24 @@ class BucketTablePage(_message.Message):
     def __init__(self, buckets: _Optional[_Iterable[_Union[BucketSpec, _Mapping]]] = ..., last: bool = ...) -> None: ...
 
 class TensorBucket(_message.Message):
-    __slots__ = ("bucket_id", "kind", "present")
+    __slots__ = ("bucket_id", "kind", "present", "placement")
     BUCKET_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     bucket_id: int
     kind: TensorKind
     present: bytes
-    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ...) -> None: ...
+    placement: Placement
+    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("position", "nbytes")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    nbytes: int
+    def __init__(self, position: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class BufferSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")

@@ -7,7 +7,7 @@ the payload's parts in one copy. Reading hands out a view of the received bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -15,14 +15,9 @@ from google.protobuf.message import DecodeError, Message
 from optimd.wire.limits import MAX_MESSAGE_BYTES
 
 _PAYLOAD_FIELD: Final = 15
-_BUNDLED_FIELD: Final = 31
 _LENGTH_DELIMITED: Final = 2
 _PAYLOAD_TAG: Final = _PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED
 _MAX_VARINT_BYTES: Final = 10
-_BUNDLED_TAG: Final = bytes((0x80 | _BUNDLED_FIELD << 3 & 0x7F | _LENGTH_DELIMITED, _BUNDLED_FIELD >> 4))
-
-BUNDLE_BYTES: Final = 128 * 1024
-"""What a bundle holds at most. A message as large as that travels by itself: a call's cost does not show then."""
 
 M = TypeVar("M", bound=Message)
 
@@ -64,7 +59,7 @@ def encode(message: Message, parts: Iterable[memoryview] = ()) -> bytes:
         )
     if not length:
         return header
-    return b"".join((header, bytes((_PAYLOAD_TAG,)), _varint(length), *pieces))
+    return b"".join((header, bytes((_PAYLOAD_TAG,)), varint(length), *pieces))
 
 
 def decode(message_type: type[M], data: bytes) -> tuple[M, Frame]:
@@ -90,49 +85,6 @@ def decode(message_type: type[M], data: bytes) -> tuple[M, Frame]:
     return message, Frame(len(data), payload)
 
 
-def bundle(messages: Sequence[bytes]) -> bytes:
-    """One message that stands for `messages`, serialised, in their order. A single one is given back as it is."""
-    if len(messages) == 1:
-        return messages[0]
-    return b"".join(part for message in messages for part in (_BUNDLED_TAG, _varint(len(message)), message))
-
-
-def bundled(messages: Iterable[bytes]) -> Iterator[bytes]:
-    """Messages, serialised, with small ones that follow each other bundled."""
-    small: list[bytes] = []
-    nbytes = 0
-    for message in messages:
-        if small and nbytes + len(message) > BUNDLE_BYTES:
-            yield bundle(small)
-            small, nbytes = [], 0
-        small.append(message)
-        nbytes += len(message)
-        if nbytes > BUNDLE_BYTES:
-            yield message
-            small, nbytes = [], 0
-    if small:
-        yield bundle(small)
-
-
-def unbundle(data: bytes) -> list[bytes]:
-    """The messages that a received one stands for: itself, where it is no bundle.
-
-    Raises:
-        MalformedMessageError: it begins as a bundle, and has something else in it.
-    """
-    if not data.startswith(_BUNDLED_TAG):
-        return [data]
-    messages, position = [], 0
-    while position < len(data):
-        parsed = _read_varint(data, position + len(_BUNDLED_TAG)) if data.startswith(_BUNDLED_TAG, position) else None
-        if parsed is None or parsed[0] + parsed[1] > len(data):
-            raise MalformedMessageError("a bundle has something else in it")
-        length, start = parsed
-        position = start + length
-        messages.append(data[start:position])
-    return messages
-
-
 def _find_payload(data: bytes) -> tuple[int, int] | None:
     """Where the header ends and the payload starts, if the payload is last and unique; else None.
 
@@ -149,7 +101,7 @@ def _find_payload(data: bytes) -> tuple[int, int] | None:
         position += 1
         wire_type = tag & 7
         if wire_type == _LENGTH_DELIMITED:
-            parsed = _read_varint(data, position)
+            parsed = read_varint(data, position)
             if parsed is None:
                 return None
             length, position = parsed
@@ -157,7 +109,7 @@ def _find_payload(data: bytes) -> tuple[int, int] | None:
                 return (field_start, position) if position + length == end else None
             position += length
         elif wire_type == 0:
-            parsed = _read_varint(data, position)
+            parsed = read_varint(data, position)
             if parsed is None:
                 return None
             _, position = parsed
@@ -170,7 +122,7 @@ def _find_payload(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int] | None:
+def read_varint(data: bytes, position: int) -> tuple[int, int] | None:
     """The varint at `position` and the position behind it; None where it is cut off or too long."""
     value = 0
     for index, byte in enumerate(data[position : position + _MAX_VARINT_BYTES]):
@@ -180,7 +132,8 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int] | None:
     return None
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A number as protobuf writes it."""
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)

@@ -1,0 +1,135 @@
+"""Payloads in memory that two processes share: one writes them, the other reads them, and a message says where.
+
+A ring is written in order. Positions count the bytes that have been written since it was made, those that were left out
+at its end included; `position % size` is where they lie. The reader says how far it is done, by a number that lies in
+the shared memory too, and what it is done with is written over. So nothing is read that is being written: the writer
+keeps away from what the reader is not done with, and the reader looks only at what a message has told it of, which is
+written before the message is sent.
+
+The number is written and read as one aligned word. Between that and the payload's bytes lie, on both sides, releases of
+the interpreter's lock, which no processor moves loads and stores across.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+
+from optimd.wire.tensors import tensor_over
+
+ALIGNMENT: Final = 64
+"""Payloads begin at multiples of this: a cache line."""
+
+SMALLEST_BYTES: Final = 32 * 1024
+"""What is smaller is better off in its message."""
+
+ANNOUNCED_BYTES: Final = 2 * 1024 * 1024
+"""How much is written before the reader has to hear of it: a message costs about as much as the update of that."""
+
+PATIENCE_S: Final = 0.05
+"""How long the writer waits for room, in seconds. Then what it has goes another way."""
+
+_PAUSE_S: Final = 0.00005
+
+
+class RingWriter:
+    """Writes payloads. Belongs to one thread at a time.
+
+    Args:
+        memory: The ring's bytes.
+        done: One unsigned 64-bit number: how far the reader is done.
+    """
+
+    def __init__(self, memory: memoryview, done: memoryview) -> None:
+        self._memory = memory
+        self._done = done
+        self._size = memory.nbytes
+        self._written = 0
+        # How far the reader was when it was last waited for in vain.
+        self._stuck_at = -1
+        self.unannounced = 0
+        """How many bytes have been written since the reader was last told."""
+
+    def place(self, parts: Iterable[memoryview], nbytes: int) -> int | None:
+        """Writes a payload, where there is room for it or soon is. May wait, for `PATIENCE_S` at most.
+
+        Args:
+            parts: Its bytes.
+            nbytes: How many they are.
+
+        Returns:
+            Its position; None where it has to go another way.
+        """
+        if not SMALLEST_BYTES <= nbytes <= self._size // 2:
+            return None
+        position = -(-self._written // ALIGNMENT) * ALIGNMENT
+        offset = position % self._size
+        if offset + nbytes > self._size:
+            position, offset = position + self._size - offset, 0
+        if not self._await_room(position + nbytes):
+            return None
+        for part in parts:
+            target = tensor_over(self._memory[offset : offset + part.nbytes], torch.uint8)
+            # torch's copy leaves the interpreter to the other threads meanwhile, which a memoryview's does not.
+            target.copy_(tensor_over(part, torch.uint8))
+            offset += part.nbytes
+        self._written = position + nbytes
+        self.unannounced += nbytes
+        return position
+
+    def announced(self) -> None:
+        """The reader is told of all that has been written."""
+        self.unannounced = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the reader should hear of what has been written."""
+        return self.unannounced >= ANNOUNCED_BYTES
+
+    def _await_room(self, end: int) -> bool:
+        if end - self._done[0] <= self._size:
+            return True
+        if self._done[0] == self._stuck_at:
+            # It has been waited for, and has not moved since.
+            return False
+        deadline_s = time.monotonic() + PATIENCE_S
+        while end - self._done[0] > self._size:
+            if time.monotonic() > deadline_s:
+                self._stuck_at = self._done[0]
+                return False
+            time.sleep(_PAUSE_S)
+        return True
+
+
+class RingReader:
+    """Reads payloads, in the order in which they were written. Belongs to one thread at a time.
+
+    Args:
+        memory: As the writer's.
+        done: As the writer's.
+    """
+
+    def __init__(self, memory: memoryview, done: memoryview) -> None:
+        self._memory = memory
+        self._done = done
+        self._read = 0
+
+    def read(self, position: int, nbytes: int) -> memoryview:
+        """The bytes of a payload that a message told of: good until `release`.
+
+        Raises:
+            ValueError: they are not in the ring, or lie before what was read last.
+        """
+        offset = position % self._memory.nbytes
+        if position < self._read or offset + nbytes > self._memory.nbytes:
+            raise ValueError(f"there is no payload of {nbytes} bytes at {position}")
+        self._read = position + nbytes
+        return self._memory[offset : offset + nbytes]
+
+    def release(self) -> None:
+        """What has been read is not needed any more."""
+        if self._done[0] != self._read:
+            self._done[0] = self._read
