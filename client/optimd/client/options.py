@@ -159,7 +159,7 @@ class ProxyOptions:
     can be called again. The last two apply steps atomically. All workers of a job give the same."""
 
     bucket_bytes: int | None = None
-    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
+    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 2 MiB."""
 
     retry_timeout_s: float = 60.0
     """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks. A server

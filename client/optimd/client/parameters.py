@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from optimd.wire.dtypes import is_carried
 from optimd.wire.layout import Bucket, Parameter, is_master_of
-from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over
+from optimd.wire.tensors import bytes_of, copy_flat, flatten, memory_order, tensor_over
 
 
 def is_held(tensor: torch.Tensor) -> bool:
@@ -155,10 +155,16 @@ class FlatReader:
         if index != self._index:
             tensor = self._tensors[index]
             _check_memory(index, tensor)
-            plain = tensor.detach().resolve_conj().resolve_neg().to(dtype)
-            flat = flatten(plain, self._parameters[index].memory_order).cpu().contiguous()
-            self._index, self._bytes = index, bytes_of(flat)
+            self._index, self._bytes = index, bytes_of(self._flat(tensor, self._parameters[index].memory_order, dtype))
         return self._bytes
+
+    @staticmethod
+    def _flat(tensor: torch.Tensor, order: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        plain = tensor.detach()
+        if plain.dtype is dtype and plain.device.type == "cpu" and not dtype.is_complex and _lies_in(plain, order):
+            # By far the most common, and the shortest way.
+            return plain.view(-1)
+        return flatten(plain.resolve_conj().resolve_neg().to(dtype), order).cpu().contiguous()
 
 
 class FlatWriter:
@@ -193,7 +199,7 @@ class FlatWriter:
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:
                 flat = self._flat(piece.parameter)
-                flat[piece.offset : piece.end].copy_(received[start : start + piece.length])
+                copy_flat(flat[piece.offset : piece.end], received[start : start + piece.length])
                 start += piece.length
 
     @torch.no_grad()
@@ -207,13 +213,21 @@ class FlatWriter:
     def _flat(self, index: int) -> torch.Tensor:
         flat = self._flats.get(index)
         if flat is None:
-            tensor = self._tensors[index].detach()
+            tensor, order = self._tensors[index].detach(), self._parameters[index].memory_order
             _check_memory(index, tensor)
-            flat = flatten(tensor, self._parameters[index].memory_order)
+            if tensor.device.type == "cpu" and _lies_in(tensor, order):
+                flat = self._flats[index] = tensor.view(-1)
+                return flat
+            flat = flatten(tensor, order)
             if flat.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
                 self._copied.add(index)
             self._flats[index] = flat
         return flat
+
+
+def _lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Whether a tensor is row-major, and its elements are to be taken in this order."""
+    return tensor.is_contiguous() and order == tuple(range(len(order)))
 
 
 def _check_memory(index: int, tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_BUCKET_BYTES: Final = 3 * 1024 * 1024
 """The largest payload of a bucket: with its header it stays under `MAX_MESSAGE_BYTES`."""
 
-DEFAULT_BUCKET_BYTES: Final = 1024 * 1024
+DEFAULT_BUCKET_BYTES: Final = 2 * 1024 * 1024
 """The payload of a bucket where nobody asks for another."""
 
 MIN_BUCKET_BYTES: Final = 1024

@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from optimd.wire.tensors import tensor_over
+from optimd.wire.tensors import copy_flat, tensor_over
 
 ALIGNMENT: Final = 64
 """Payloads begin at multiples of this: a cache line."""
@@ -32,7 +32,7 @@ ANNOUNCED_BYTES: Final = 2 * 1024 * 1024
 PATIENCE_S: Final = 0.05
 """How long the writer waits for room, in seconds. Then what it has goes another way."""
 
-_PAUSE_S: Final = 0.00005
+_PAUSE_S: Final = 0.0002
 
 
 class RingWriter:
@@ -44,7 +44,7 @@ class RingWriter:
     """
 
     def __init__(self, memory: memoryview, done: memoryview) -> None:
-        self._memory = memory
+        self._bytes = tensor_over(memory, torch.uint8)
         self._done = done
         self._size = memory.nbytes
         self._written = 0
@@ -72,9 +72,8 @@ class RingWriter:
         if not self._await_room(position + nbytes):
             return None
         for part in parts:
-            target = tensor_over(self._memory[offset : offset + part.nbytes], torch.uint8)
-            # torch's copy leaves the interpreter to the other threads meanwhile, which a memoryview's does not.
-            target.copy_(tensor_over(part, torch.uint8))
+            # Not by the views themselves, which would hold up the interpreter's other threads.
+            copy_flat(self._bytes[offset : offset + part.nbytes], tensor_over(part, torch.uint8))
             offset += part.nbytes
         self._written = position + nbytes
         self.unannounced += nbytes
