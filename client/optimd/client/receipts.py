@@ -54,7 +54,8 @@ class StepReceipt:
     steps; those of the lowest rank hold. At most 100."""
 
     bytes_sent: int
-    """Bytes of the step's messages to the server. 0 in a hook's receipt, which comes on another line."""
+    """Bytes of the step's messages to the server, less what goes through shared memory. 0 in a hook's receipt, which
+    comes on another line."""
 
     bytes_received: int
     """Bytes of the step's messages from the server. 0 in a hook's receipt."""
