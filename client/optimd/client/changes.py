@@ -7,6 +7,7 @@ by the sums of blocks of their bits, the largest by a sample. Comparing all whol
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -18,6 +19,9 @@ from optimd.wire.tensors import flatten, memory_order
 
 WHOLE_UP_TO: Final = 4096
 """Tensors of at most so many elements are compared whole."""
+
+_RAW_UP_TO_BYTES: Final = 64 * 1024
+"""So too are those in the host's memory of at most so many bytes, if they are row-major: larger ones by a hash."""
 
 SUMMED_UP_TO: Final = 1 << 17
 """Tensors of at most so many elements are compared by sums of blocks."""
@@ -41,7 +45,7 @@ class _Mark(NamedTuple):
     """Its memory, which is not kept: whether it is still there tells a later one at the same address apart."""
     pointer: int
     version: int
-    content: tuple[torch.Tensor, ...]
+    content: bytes | int | tuple[torch.Tensor, ...]
 
 
 class ValueWatch:
@@ -88,7 +92,10 @@ def _is_still(tensor: torch.Tensor, mark: _Mark | None) -> bool:
         return False
     if mark.memory.expired():  # type: ignore[no-untyped-call]
         return False
-    return all(torch.equal(now, then) for now, then in zip(_content(tensor), mark.content, strict=True))
+    now, then = _content(tensor), mark.content
+    if not isinstance(now, tuple) or not isinstance(then, tuple):
+        return now == then
+    return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -96,8 +103,18 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
-def _content(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _content(tensor: torch.Tensor) -> bytes | int | tuple[torch.Tensor, ...]:
     """What stands for a tensor's bits (a NaN is not equal to itself), of one form for each shape and layout."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if (
+        nbytes <= _RAW_UP_TO_BYTES
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_complex()
+    ):
+        # Of a small model these are most of the tensors, and what torch's operators cost is most of a step.
+        content = ctypes.string_at(tensor.data_ptr(), nbytes)
+        return content if tensor.numel() <= WHOLE_UP_TO else hash(content)
     plain = tensor.detach()
     rows = 1
     if plain.is_contiguous() and not plain.is_complex():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from optimd.v1 import param_group_pb2
 from optimd.wire.param_groups import encode_group
+
+_PLAIN: Final = frozenset((bool, int, float, str, type(None)))
 
 
 class ToldGroups:
@@ -25,6 +27,8 @@ class ToldGroups:
         self._sizes: list[int] = []
         self._told: list[bytes] = []
         self._doubtful: set[int] = set()
+        # What the options of a group looked like last, and their message: most steps change none.
+        self._seen: dict[int, tuple[str, bytes]] = {}
 
     def __len__(self) -> int:
         return len(self._known)
@@ -53,11 +57,21 @@ class ToldGroups:
 
     def tell(self, groups: Sequence[Mapping[str, Any]]) -> list[param_group_pb2.ParamGroup]:
         """What a push has to tell: those of torch's param_groups that the server may know otherwise."""
-        messages = self.encoded(groups)
-        self._told = [_serialised(message) for message in messages]
+        self._told = [self._options(index, group) for index, group in enumerate(groups)]
         pairs = enumerate(zip(self._told, self._known, strict=True))
         self._doubtful |= {index for index, (new, old) in pairs if new != old}
-        return [messages[index] for index in sorted(self._doubtful)]
+        return [encode_group(index, self._rule, groups[index]) for index in sorted(self._doubtful)]
+
+    def _options(self, index: int, group: Mapping[str, Any]) -> bytes:
+        """A group's options as bytes that are equal where they are."""
+        plain = _plain(group)
+        seen = self._seen.get(index)
+        if plain is not None and seen is not None and seen[0] == plain:
+            return seen[1]
+        options = _serialised(encode_group(index, self._rule, group))
+        if plain is not None:
+            self._seen[index] = plain, options
+        return options
 
     def answered(self) -> None:
         """That push is answered: the server knows what it told."""
@@ -70,6 +84,17 @@ class ToldGroups:
         for group, size in zip(groups, self._sizes, strict=True):
             group.parameter_count = size
         return groups
+
+
+def _plain(group: Mapping[str, Any]) -> str | None:
+    """A group's options as text that is equal where they are; None where something in it may change in place."""
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    for value in options.values():
+        parts = value if type(value) is tuple else (value,)
+        if any(type(part) not in _PLAIN for part in parts):
+            return None
+    # As text, since as values 1, 1.0 and True are equal, and 0.0 and -0.0.
+    return repr(options)
 
 
 def _serialised(group: param_group_pb2.ParamGroup) -> bytes:
