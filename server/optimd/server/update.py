@@ -107,23 +107,44 @@ def update(
     if options["capturable"] and isinstance(lr, torch.Tensor):
         lr = lr.to(params[0].device)
     fused = uses_fused(options, params[0].dtype)
-    scaling: dict[str, torch.Tensor] = {}
+    kernel_scale: torch.Tensor | None = None
     if grad_scale is not None:
         scale = torch.tensor(grad_scale, dtype=torch.float32, device=params[0].device)
         if fused:
             # The kernel divides, in float32 at least, and leaves the quotients in what it is given.
-            scaling = {"grad_scale": scale}
+            kernel_scale = scale
             grads = [grad.clone() for grad in grads]
         else:
             grads = [(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale).to(grad.dtype) for grad in grads]
+    tensors = (
+        list(params),
+        list(grads),
+        list(state["exp_avg"]),
+        list(state["exp_avg_sq"]),
+        list(state.get("max_exp_avg_sq", ())),
+        list(steps),
+    )
     try:
+        if fused and not any(isinstance(number, torch.Tensor) for number in (lr, beta1, beta2)):
+            # What torch's function does in the end, of one dtype and device: on its way there it takes as long as the
+            # kernel does for 100,000 elements.
+            torch._foreach_add_(tensors[-1], 1)
+            kernel = torch._fused_adamw_ if options["decoupled_weight_decay"] else torch._fused_adam_
+            kernel(
+                *tensors,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=options["weight_decay"],
+                eps=options["eps"],
+                amsgrad=options["amsgrad"],
+                maximize=options["maximize"],
+                grad_scale=kernel_scale,
+                found_inf=None,
+            )
+            return
         adam(
-            list(params),
-            list(grads),
-            list(state["exp_avg"]),
-            list(state["exp_avg_sq"]),
-            list(state.get("max_exp_avg_sq", ())),
-            list(steps),
+            *tensors,
             # Where both are set, by hand, torch takes the fused one.
             foreach=False if fused else options["foreach"],
             fused=fused or options["fused"],
@@ -138,7 +159,7 @@ def update(
             eps=options["eps"],
             maximize=options["maximize"],
             decoupled_weight_decay=options["decoupled_weight_decay"],
-            **scaling,
+            grad_scale=kernel_scale,
         )
     except (ArithmeticError, TypeError, ValueError) as error:
         # What torch's kernels in Python make of numbers that they cannot compute with.
