@@ -47,12 +47,14 @@ def options(rank: int = 0, world_size: int = 1, **more: Any) -> ProxyOptions:
     return ProxyOptions(rank=rank, world_size=world_size, bucket_bytes=1024, **{"retry_timeout_s": 20, **more})
 
 
-def asynchronous(rank: int = 0) -> ProxyOptions:
-    return ProxyOptions(rank=rank, worker_id=f"w{rank}", aggregation=Async(), bucket_bytes=1024, retry_timeout_s=20)
+def asynchronous(rank: int = 0, **more: Any) -> ProxyOptions:
+    return ProxyOptions(
+        rank=rank, worker_id=f"w{rank}", aggregation=Async(), bucket_bytes=1024, retry_timeout_s=20, **more
+    )
 
 
-def of_mode(mode: str) -> ProxyOptions:
-    return asynchronous() if mode == "async" else options(apply=mode)
+def of_mode(mode: str, **more: Any) -> ProxyOptions:
+    return asynchronous(**more) if mode == "async" else options(apply=mode, **more)
 
 
 def gradient(step: int, size: int = SIZE, rank: int = 0) -> torch.Tensor:
@@ -65,19 +67,23 @@ def receipt_of(optimizer: Adam) -> StepReceipt:
 
 
 class Twins:
-    """A parameter that is stepped remotely, and its twin that torch's own Adam steps with the same gradients."""
+    """A parameter that is stepped remotely, and its twin that torch's own Adam steps with the same gradients.
 
-    def __init__(self) -> None:
+    Where these travel narrowed, torch's are rounded by hand, and the worker's parameter is torch's rounded.
+    """
+
+    def __init__(self, wire: torch.dtype | None = None) -> None:
         self.ours, self.theirs = nn.Parameter(torch.zeros(SIZE)), nn.Parameter(torch.zeros(SIZE))
         self.local = torch.optim.Adam([self.theirs], lr=0.1, fused=True)
+        self.wire = wire or torch.float32
 
     def step(self, remote: Adam, number: int) -> None:
-        self.ours.grad, self.theirs.grad = gradient(number), gradient(number)
+        self.ours.grad, self.theirs.grad = gradient(number), gradient(number).to(self.wire).float()
         remote.step()
         self.local.step()
 
     def assert_equal(self) -> None:
-        assert torch.equal(self.ours, self.theirs)
+        assert torch.equal(self.ours, self.theirs.detach().to(self.wire).float())
 
 
 @pytest.fixture
@@ -124,14 +130,22 @@ def after_return(monkeypatch: pytest.MonkeyPatch, optimizer: Adam, act: Callable
 # --- at every boundary of a push
 
 
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=["exact", "narrow"])
 @pytest.mark.parametrize("recovers", [False, True])
 @pytest.mark.parametrize("mode", ["streaming", "atomic", "async"])
 def test_a_line_cut_before_any_message_of_a_push_costs_nothing_and_applies_nothing_twice(
-    server: Server, relay: Relay, faults: PushFaults, pushed: list[int], mode: str, recovers: bool
+    server: Server,
+    relay: Relay,
+    faults: PushFaults,
+    pushed: list[int],
+    mode: str,
+    recovers: bool,
+    wire: torch.dtype | None,
 ) -> None:
     """The server has what went before, and is sent the rest alone; also one that was started again meanwhile."""
-    twins = Twins()
-    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=of_mode(mode)) as optimizer:
+    twins = Twins(wire)
+    asked = of_mode(mode, wire_dtype=wire)
+    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=asked) as optimizer:
         job = server.registry.get("b")
         faults.of(optimizer)
         for number in range(MESSAGES):
@@ -148,14 +162,22 @@ def test_a_line_cut_before_any_message_of_a_push_costs_nothing_and_applies_nothi
         assert optimizer.state_dict()["state"][0]["step"] == job.step == MESSAGES
 
 
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=["exact", "narrow"])
 @pytest.mark.parametrize("recovers", [False, True])
 @pytest.mark.parametrize("mode", ["streaming", "atomic", "async"])
 def test_a_line_cut_before_any_answer_to_a_push_is_read_costs_nothing_and_applies_nothing_twice(
-    server: Server, relay: Relay, faults: PushFaults, pushed: list[int], mode: str, recovers: bool
+    server: Server,
+    relay: Relay,
+    faults: PushFaults,
+    pushed: list[int],
+    mode: str,
+    recovers: bool,
+    wire: torch.dtype | None,
 ) -> None:
     """The server has committed the step; the worker has read some of the new parameters, or all, but no receipt."""
-    twins = Twins()
-    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=of_mode(mode)) as optimizer:
+    twins = Twins(wire)
+    asked = of_mode(mode, wire_dtype=wire)
+    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=asked) as optimizer:
         job = server.registry.get("b")
         faults.of(optimizer)
         for number in range(BUCKETS + 1):

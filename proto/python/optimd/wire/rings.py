@@ -16,9 +16,7 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-import torch
-
-from optimd.wire.tensors import tensor_over
+from optimd.wire.encodings import Part, write_parts
 
 ALIGNMENT: Final = 64
 """Payloads begin at multiples of this: a cache line."""
@@ -53,11 +51,11 @@ class RingWriter:
         self.unannounced = 0
         """How many bytes have been written since the reader was last told."""
 
-    def place(self, parts: Iterable[memoryview], nbytes: int) -> int | None:
+    def place(self, parts: Iterable[Part], nbytes: int) -> int | None:
         """Writes a payload, where there is room for it or soon is. May wait, for `PATIENCE_S` at most.
 
         Args:
-            parts: Its bytes.
+            parts: Its parts.
             nbytes: How many they are.
 
         Returns:
@@ -71,11 +69,7 @@ class RingWriter:
             position, offset = position + self._size - offset, 0
         if not self._await_room(position + nbytes):
             return None
-        for part in parts:
-            target = tensor_over(self._memory[offset : offset + part.nbytes], torch.uint8)
-            # torch's copy leaves the interpreter to the other threads meanwhile, which a memoryview's does not.
-            target.copy_(tensor_over(part, torch.uint8))
-            offset += part.nbytes
+        write_parts(parts, self._memory[offset : offset + nbytes])
         self._written = position + nbytes
         self.unannounced += nbytes
         return position
