@@ -784,3 +784,68 @@ def test_a_snapshot_tells_its_step_and_is_asked_for_again_where_the_line_breaks(
             with pytest.raises(RuntimeError, match=r"snapshot\(\) was called in a server step hook"):
                 optimizer.step()
     assert relay.cuts
+
+
+# --- what travels narrowed
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16], ids=str)
+def test_a_worker_that_comes_back_has_the_values_that_steps_would_have_given_it(
+    server: Server, relay: Relay, wire: torch.dtype
+) -> None:
+    """It is sent all of them with all of their bits: of what had come rounded, and has not changed since, as well.
+
+    What no step has changed has all of its bits still, as if its line had held.
+    """
+
+    def pair() -> list[nn.Parameter]:
+        generator = torch.Generator().manual_seed(3)
+        return [nn.Parameter(torch.randn(SIZE, generator=generator)) for _ in range(3)]
+
+    ours, others, twins = pair(), pair(), pair()
+    local = torch.optim.Adam(twins, lr=0.1, fused=True)
+    far = Adam(ours, lr=0.1, fused=True, server=relay.address, job="b", options=asynchronous(0, wire_dtype=wire))
+    near = Adam(others, lr=0.1, fused=True, server=server.address, job="b", options=asynchronous(1))
+    with far, near:
+
+        def step(optimizer: Adam, params: list[nn.Parameter], number: int, changed: tuple[int, ...]) -> None:
+            narrow = wire if optimizer is far else torch.float32
+            for index, (p, twin) in enumerate(zip(params, twins, strict=True)):
+                p.grad = gradient(3 * number + index) if index in changed else None
+                twin.grad = None if p.grad is None else p.grad.to(narrow).float()
+            optimizer.step()
+            local.step()
+
+        step(far, ours, 0, (0, 1))
+        relay.cut()
+        step(near, others, 1, (0,))
+        step(far, ours, 2, (0,))
+        for p, twin in zip(ours[:2], twins[:2], strict=True):
+            assert torch.equal(p, twin.detach().to(wire).float())
+        assert torch.equal(ours[2], twins[2])
+        assert not torch.equal(twins[2], twins[2].detach().to(wire).float())
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_what_a_worker_has_written_is_in_its_step_and_the_rest_keeps_its_bits_though_its_line_was_cut(
+    server: Server, relay: Relay, faults: PushFaults, answered: bool
+) -> None:
+    """Before the push's last message, when it is begun anew with the values that it brought; and before its answer."""
+    twins = Twins(torch.bfloat16)
+    asked = options(wire_dtype=torch.bfloat16, apply="streaming")
+    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=asked) as optimizer:
+        faults.of(optimizer)
+        for number in range(4):
+            with torch.no_grad():
+                twins.ours[7], twins.theirs[7] = 1 / 3, 1 / 3
+            messages = MESSAGES + 1 + BUCKETS
+            if answered:
+                faults.before_reading(number, relay.cut, done=messages)
+            else:
+                faults.before_sending(messages - 1, relay.cut)
+            twins.step(optimizer, number)
+            assert faults.is_over
+            twins.assert_equal()
+        assert faults.fired == 4
+        optimizer.pull_parameters()
+        assert torch.equal(twins.ours, twins.theirs)
