@@ -48,12 +48,14 @@ def options(rank: int = 0, world_size: int = 1, **more: Any) -> ProxyOptions:
     return ProxyOptions(rank=rank, world_size=world_size, bucket_bytes=1024, **{"retry_timeout_s": 20, **more})
 
 
-def asynchronous(rank: int = 0) -> ProxyOptions:
-    return ProxyOptions(rank=rank, worker_id=f"w{rank}", aggregation=Async(), bucket_bytes=1024, retry_timeout_s=20)
+def asynchronous(rank: int = 0, **more: Any) -> ProxyOptions:
+    return ProxyOptions(
+        rank=rank, worker_id=f"w{rank}", aggregation=Async(), bucket_bytes=1024, retry_timeout_s=20, **more
+    )
 
 
-def of_mode(mode: str) -> ProxyOptions:
-    return asynchronous() if mode == "async" else options(apply=mode)
+def of_mode(mode: str, **more: Any) -> ProxyOptions:
+    return asynchronous(**more) if mode == "async" else options(apply=mode, **more)
 
 
 def gradient(step: int, size: int = SIZE, rank: int = 0) -> torch.Tensor:
@@ -66,19 +68,23 @@ def receipt_of(optimizer: Adam) -> StepReceipt:
 
 
 class Twins:
-    """A parameter that is stepped remotely, and its twin that torch's own Adam steps with the same gradients."""
+    """A parameter that is stepped remotely, and its twin that torch's own Adam steps with the same gradients.
 
-    def __init__(self) -> None:
+    Where these travel narrowed, torch's are rounded by hand, and the worker's parameter is torch's rounded.
+    """
+
+    def __init__(self, wire: torch.dtype | None = None) -> None:
         self.ours, self.theirs = nn.Parameter(torch.zeros(SIZE)), nn.Parameter(torch.zeros(SIZE))
         self.local = torch.optim.Adam([self.theirs], lr=0.1, fused=True)
+        self.wire = wire or torch.float32
 
     def step(self, remote: Adam, number: int) -> None:
-        self.ours.grad, self.theirs.grad = gradient(number), gradient(number)
+        self.ours.grad, self.theirs.grad = gradient(number), gradient(number).to(self.wire).float()
         remote.step()
         self.local.step()
 
     def assert_equal(self) -> None:
-        assert torch.equal(self.ours, self.theirs)
+        assert torch.equal(self.ours, self.theirs.detach().to(self.wire).float())
 
 
 @pytest.fixture(autouse=True, params=["in messages", "in shared memory"])
@@ -150,14 +156,22 @@ def after_return(monkeypatch: pytest.MonkeyPatch, optimizer: Adam, act: Callable
 # --- at every boundary of a push
 
 
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=["exact", "narrow"])
 @pytest.mark.parametrize("recovers", [False, True])
 @pytest.mark.parametrize("mode", ["streaming", "atomic", "async"])
 def test_a_line_cut_before_any_message_of_a_push_costs_nothing_and_applies_nothing_twice(
-    server: Server, relay: Relay, faults: PushFaults, pushed: list[int], mode: str, recovers: bool
+    server: Server,
+    relay: Relay,
+    faults: PushFaults,
+    pushed: list[int],
+    mode: str,
+    recovers: bool,
+    wire: torch.dtype | None,
 ) -> None:
     """The server has what went before, and is sent the rest alone; also one that was started again meanwhile."""
-    twins = Twins()
-    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=of_mode(mode)) as optimizer:
+    twins = Twins(wire)
+    asked = of_mode(mode, wire_dtype=wire)
+    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=asked) as optimizer:
         job = server.registry.get("b")
         faults.of(optimizer)
         for number in range(MESSAGES):
@@ -174,14 +188,22 @@ def test_a_line_cut_before_any_message_of_a_push_costs_nothing_and_applies_nothi
         assert optimizer.state_dict()["state"][0]["step"] == job.step == MESSAGES
 
 
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=["exact", "narrow"])
 @pytest.mark.parametrize("recovers", [False, True])
 @pytest.mark.parametrize("mode", ["streaming", "atomic", "async"])
 def test_a_line_cut_before_any_answer_to_a_push_is_read_costs_nothing_and_applies_nothing_twice(
-    server: Server, relay: Relay, faults: PushFaults, pushed: list[int], mode: str, recovers: bool
+    server: Server,
+    relay: Relay,
+    faults: PushFaults,
+    pushed: list[int],
+    mode: str,
+    recovers: bool,
+    wire: torch.dtype | None,
 ) -> None:
     """The server has committed the step; the worker has read some of the new parameters, or all, but no receipt."""
-    twins = Twins()
-    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=of_mode(mode)) as optimizer:
+    twins = Twins(wire)
+    asked = of_mode(mode, wire_dtype=wire)
+    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=asked) as optimizer:
         job = server.registry.get("b")
         faults.of(optimizer)
         for number in range(BUCKETS + 1):
@@ -788,3 +810,68 @@ def test_a_snapshot_tells_its_step_and_is_asked_for_again_where_the_line_breaks(
             with pytest.raises(RuntimeError, match=r"snapshot\(\) was called in a server step hook"):
                 optimizer.step()
     assert relay.cuts
+
+
+# --- what travels narrowed
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16], ids=str)
+def test_a_worker_that_comes_back_has_the_values_that_steps_would_have_given_it(
+    server: Server, relay: Relay, wire: torch.dtype
+) -> None:
+    """It is sent all of them with all of their bits: of what had come rounded, and has not changed since, as well.
+
+    What no step has changed has all of its bits still, as if its line had held.
+    """
+
+    def pair() -> list[nn.Parameter]:
+        generator = torch.Generator().manual_seed(3)
+        return [nn.Parameter(torch.randn(SIZE, generator=generator)) for _ in range(3)]
+
+    ours, others, twins = pair(), pair(), pair()
+    local = torch.optim.Adam(twins, lr=0.1, fused=True)
+    far = Adam(ours, lr=0.1, fused=True, server=relay.address, job="b", options=asynchronous(0, wire_dtype=wire))
+    near = Adam(others, lr=0.1, fused=True, server=server.address, job="b", options=asynchronous(1))
+    with far, near:
+
+        def step(optimizer: Adam, params: list[nn.Parameter], number: int, changed: tuple[int, ...]) -> None:
+            narrow = wire if optimizer is far else torch.float32
+            for index, (p, twin) in enumerate(zip(params, twins, strict=True)):
+                p.grad = gradient(3 * number + index) if index in changed else None
+                twin.grad = None if p.grad is None else p.grad.to(narrow).float()
+            optimizer.step()
+            local.step()
+
+        step(far, ours, 0, (0, 1))
+        relay.cut()
+        step(near, others, 1, (0,))
+        step(far, ours, 2, (0,))
+        for p, twin in zip(ours[:2], twins[:2], strict=True):
+            assert torch.equal(p, twin.detach().to(wire).float())
+        assert torch.equal(ours[2], twins[2])
+        assert not torch.equal(twins[2], twins[2].detach().to(wire).float())
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_what_a_worker_has_written_is_in_its_step_and_the_rest_keeps_its_bits_though_its_line_was_cut(
+    server: Server, relay: Relay, faults: PushFaults, answered: bool
+) -> None:
+    """Before the push's last message, when it is begun anew with the values that it brought; and before its answer."""
+    twins = Twins(torch.bfloat16)
+    asked = options(wire_dtype=torch.bfloat16, apply="streaming")
+    with Adam([twins.ours], lr=0.1, fused=True, server=relay.address, job="b", options=asked) as optimizer:
+        faults.of(optimizer)
+        for number in range(4):
+            with torch.no_grad():
+                twins.ours[7], twins.theirs[7] = 1 / 3, 1 / 3
+            messages = MESSAGES + 1 + BUCKETS
+            if answered:
+                faults.before_reading(number, relay.cut, done=messages)
+            else:
+                faults.before_sending(messages - 1, relay.cut)
+            twins.step(optimizer, number)
+            assert faults.is_over
+            twins.assert_equal()
+        assert faults.fired == 4
+        optimizer.pull_parameters()
+        assert torch.equal(twins.ours, twins.theirs)

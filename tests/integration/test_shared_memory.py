@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -87,9 +88,24 @@ def gradient(step: int, rank: int = 0) -> torch.Tensor:
     return torch.randn(SIZE, generator=torch.Generator().manual_seed(1000 * rank + step))
 
 
-def left_behind() -> set[str]:
-    """The files of shared memory whose makers are still busy with them, or dead."""
-    return {path.name for path in sharedmemory.FOLDER.glob("optimd-*")}
+@pytest.fixture
+def left_behind(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Gives the files that workers of this test have made, and that are there still."""
+    made: set[str] = set()
+    original = Segment.create.__func__  # type: ignore[attr-defined]  # a classmethod's
+
+    def create(cls: type[Segment]) -> Segment:
+        segment: Segment = original(cls)
+        made.add(segment.name)
+        return segment
+
+    monkeypatch.setattr(Segment, "create", classmethod(create))
+
+    def still_there() -> set[str]:
+        assert made
+        return {name for name in made if (sharedmemory.FOLDER / name).exists()}
+
+    return still_there
 
 
 # --- the same steps
@@ -192,7 +208,9 @@ def too_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("too_little")
-def test_too_little_shared_memory_is_said_once_and_grpc_is_taken(server: Server, placed: Placed) -> None:
+def test_too_little_shared_memory_is_said_once_and_grpc_is_taken(
+    server: Server, placed: Placed, left_behind: Callable[[], set[str]]
+) -> None:
     p = nn.Parameter(torch.zeros(SIZE))
     with pytest.warns(UserWarning, match="--shm-size"):
         optimizer = Adam([p], server=server.address, options=options("auto"))
@@ -411,16 +429,14 @@ def test_no_bucket_is_ever_read_torn(
 # --- nothing is left behind
 
 
-def test_a_file_loses_its_name_when_the_server_has_it(server: Server) -> None:
-    before = left_behind()
+def test_a_file_loses_its_name_when_the_server_has_it(server: Server, left_behind: Callable[[], set[str]]) -> None:
     p = nn.Parameter(torch.zeros(SIZE))
     with Adam([p], server=server.address, options=options()) as optimizer:
         assert optimizer._open_session()._line.stream().ring is not None
-        assert left_behind() <= before
+        assert not left_behind()
 
 
-def test_a_worker_that_cannot_open_its_job_leaves_no_file(server: Server) -> None:
-    before = left_behind()
+def test_a_worker_that_cannot_open_its_job_leaves_no_file(server: Server, left_behind: Callable[[], set[str]]) -> None:
     p = nn.Parameter(torch.zeros(SIZE))
     with Adam([p], server=server.address, job="b", options=options()) as optimizer:
         p.grad = gradient(0)
@@ -429,14 +445,13 @@ def test_a_worker_that_cannot_open_its_job_leaves_no_file(server: Server) -> Non
         Adam([p], server=server.address, job="b", options=options(on_existing="fail"))
     with pytest.raises(JobMismatchError):
         Adam([nn.Parameter(torch.zeros(3))], server=server.address, job="b", options=options())
-    assert left_behind() <= before
+    assert not left_behind()
 
 
 def test_a_worker_whose_server_dies_in_a_step_goes_on_with_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: Callable[[], set[str]]
 ) -> None:
     """With memory that it shares with that one; of neither is anything left."""
-    before = left_behind()
     ours, theirs = nn.Parameter(torch.zeros(SIZE)), nn.Parameter(torch.zeros(SIZE))
     local = torch.optim.Adam([theirs], lr=0.1, fused=True)
     flags = (f"--address=unix://{tmp_path}/socket", f"--data-dir={tmp_path}/data", "--fsync=never")
@@ -474,4 +489,4 @@ def test_a_worker_whose_server_dies_in_a_step_goes_on_with_the_next_one(
     assert kills == [-signal.SIGKILL]
     assert len({id(ring) for ring in rings_of}) == 2
     assert None not in rings_of
-    assert left_behind() <= before
+    assert not left_behind()

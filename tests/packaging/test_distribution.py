@@ -95,6 +95,7 @@ def test_the_exported_names_are_these() -> None:
         "UnknownJobError",
         "UnsupportedError",
         "UpdateRefusedError",
+        "WireDtypes",
         "WorkerInUseError",
     ]
     assert optimd.server.__all__ == ["ConfigurationError", "Server", "ServerConfig", "run"]

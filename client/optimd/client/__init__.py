@@ -33,7 +33,7 @@ from optimd.client.exceptions import (
     UpdateRefusedError,
     WorkerInUseError,
 )
-from optimd.client.options import Async, ProxyOptions, Sync
+from optimd.client.options import Async, ProxyOptions, Sync, WireDtypes
 from optimd.client.proxy import OptimizerProxy
 from optimd.client.receipts import StepReceipt
 
@@ -68,5 +68,6 @@ __all__ = [
     "UnknownJobError",
     "UnsupportedError",
     "UpdateRefusedError",
+    "WireDtypes",
     "WorkerInUseError",
 ]

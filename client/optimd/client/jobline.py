@@ -40,6 +40,7 @@ from optimd.client.layoutexchange import (
     receive_layout,
     receive_table,
 )
+from optimd.client.narrowing import NarrowedValues
 from optimd.client.progress import Progress
 from optimd.client.retry import Retry
 from optimd.client.toldgroups import ToldGroups
@@ -117,6 +118,8 @@ class JobLine:
         self.next_sequence = 0
         self.held_buckets: frozenset[int] = frozenset()
         """When the worker came back: the buckets of its open push that the server had."""
+        self.narrowed = NarrowedValues(request.encodings.parameters)
+        """The parameters whose values came narrowed."""
         self.micro = 0
         """How often gradients were accumulated, or those held discarded, since the last step."""
         self.holds_gradients = False
@@ -244,6 +247,7 @@ class JobLine:
         if kind == "refused":
             raise _Refused(exception_of(message.refused))
         accepted = message.layout_accepted
+        self.request.encodings.check(accepted, self.connection.address)
         before = JobLayout() if replaces else self.layout
         # Aside, and in force once all of it is there: the line may break before that.
         layout = JobLayout(list(before.parameters), list(before.buckets))
@@ -272,6 +276,8 @@ class JobLine:
         else:
             ready = receive_values(stream, layout, at, Progress("receiving parameters", total))
         self._take(ready)
+        if replaces:
+            self.narrowed.came_whole()
         self.layout = layout
         self.groups.bring(groups, replaces=replaces)
         if accepted.resumed:
@@ -489,6 +495,7 @@ class JobLine:
         stream, values = self.stream(), None
         _, message, _ = stream.expect("layout_accepted")
         silence.cancel()
+        self.request.encodings.check(message.layout_accepted, self.connection.address)
         if message.layout_accepted.current:
             _, message, _ = stream.expect("ready")
             ready = message.ready
@@ -496,10 +503,10 @@ class JobLine:
             receive_table(stream)
             receive_layout(stream)
             if not self._is_leaving:
-                values = ReturnedValues(self._local, self.layout, written)
+                values = ReturnedValues(self._local, self.layout, written, self.narrowed)
             total = sum(bucket.nbytes for bucket in self.layout.buckets)
-            into = None if values is None else values.into
-            ready = receive_values(stream, self.layout, into, Progress("receiving parameters", total))
+            into, changed = (None, None) if values is None else (values.into, values.changed)
+            ready = receive_values(stream, self.layout, into, Progress("receiving parameters", total), changed)
         receipt = stream.expect("receipt")[1].receipt if ready.receipt_follows else None
         step, sequence = self.job_step, self.next_sequence
         is_rewound = ready.rewound or self._has_lost(ready)

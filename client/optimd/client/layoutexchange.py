@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from optimd.client.connection import TrainStream
+from optimd.client.narrowing import WireEncodings
 from optimd.client.samehost import Offer
 from optimd.v1 import job_pb2, param_group_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
@@ -33,6 +34,8 @@ class JobRequest:
     max_grad_norm: float | None
     nonfinite: job_pb2.NonFinite
     follows_rewind: bool = False
+    encodings: WireEncodings = field(default_factory=WireEncodings)
+    """`gradients` and `parameters` of `OpenJob`."""
 
     @property
     def is_async(self) -> bool:
@@ -76,6 +79,8 @@ def opening_messages(
                 returns_with_sequence=returns_with_sequence,
                 follows_rewind=follows_rewind,
                 takes_bundles=True,
+                gradients=request.encodings.gradients.number,
+                parameters=request.encodings.parameters.number,
                 shared_memory=None if offer is None else offer.message(),
             )
         )

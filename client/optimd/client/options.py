@@ -10,6 +10,7 @@ import torch
 
 from optimd.client.exceptions import ConfigurationError
 from optimd.wire.dtypes import encode_dtype
+from optimd.wire.encodings import NARROW_DTYPES
 from optimd.wire.limits import MAX_BUCKET_BYTES, MIN_BUCKET_BYTES
 
 
@@ -104,6 +105,25 @@ def _check_times(kind: str, **times: float) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WireDtypes:
+    """What gradients and parameters are narrowed to on the wire, each way by itself: `ProxyOptions.wire_dtype`.
+
+    Raises:
+        ConfigurationError: one is not torch.bfloat16, torch.float16 or None.
+    """
+
+    gradients: torch.dtype | None = None
+    """On the way to the server. None: their own dtypes."""
+
+    parameters: torch.dtype | None = None
+    """On the way back, in the course of steps. None: their own dtypes."""
+
+    def __post_init__(self) -> None:
+        _check_narrow(f"WireDtypes(gradients={self.gradients!r})", self.gradients)
+        _check_narrow(f"WireDtypes(parameters={self.parameters!r})", self.parameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyOptions:
     """How an optimizer is connected to its server and its job.
 
@@ -145,6 +165,16 @@ class ProxyOptions:
     up in it, `state_dict` has it, and the worker's parameters are the master weights rounded. None: the parameters' own
     dtypes. All workers of a job give the same. The master weights themselves are in no `state_dict`: a job that is
     created anew starts from the rounded ones."""
+
+    wire_dtype: torch.dtype | WireDtypes | None = None
+    """What the elements of wider real floating-point parameters are rounded to where they travel in a step, gradients
+    on the way to the server (`accumulate()` too) and parameters on the way back: torch.bfloat16 or torch.float16. The
+    server widens gradients before anything is done with them and keeps values and state as wide as ever; parameters
+    and gradients in this process keep their dtype. What opening a job, `pull_parameters()`, `state_dict()` and written
+    values carry is not rounded. Bfloat16 has float32's range, and three significant digits. Float16 has four, and makes
+    what lies beyond 65504 infinite and what is tiny zero: scale the loss with a `GradScaler`, or have `nonfinite` see
+    to it. `WireDtypes` sets the two ways apart. Each worker's own choice: workers of one job may differ. None: nothing
+    is rounded."""
 
     max_grad_norm: float | None = None
     """What the server scales a step's gradient down to where its norm, over all parameters, is larger, as
@@ -203,6 +233,8 @@ class ProxyOptions:
                 f"ProxyOptions(master_dtype={self.master_dtype!r}): a real floating-point dtype that the wire carries "
                 "is needed, such as torch.float32"
             )
+        if not isinstance(self.wire_dtype, WireDtypes):
+            _check_narrow(f"ProxyOptions(wire_dtype={self.wire_dtype!r})", self.wire_dtype)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ConfigurationError(f"ProxyOptions(max_grad_norm={self.max_grad_norm}): a positive number is needed")
         if self.nonfinite not in ("allow", "skip", "error"):
@@ -221,6 +253,11 @@ class ProxyOptions:
                 'ProxyOptions(apply="streaming"): max_grad_norm and nonfinite look at a whole step before any of it is '
                 'applied; leave apply at "auto", or choose "atomic"'
             )
+
+
+def _check_narrow(what: str, dtype: object) -> None:
+    if dtype is not None and dtype not in NARROW_DTYPES:
+        raise ConfigurationError(f"{what}: one of {', '.join(map(str, NARROW_DTYPES))} is needed, or None")
 
 
 def _can_be_master(dtype: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from optimd.wire.dtypes import is_carried
+from optimd.wire.encodings import EXACT, Encoded, Encoding, Part
 from optimd.wire.layout import Bucket, Parameter, is_master_of
 from optimd.wire.tensors import bytes_of, copy_flat, flatten, memory_order, tensor_over
 
@@ -127,44 +128,60 @@ def gradients(
 
 
 class FlatReader:
-    """Reads slices of tensors as bytes. Consecutive slices of one tensor flatten it once.
+    """Reads slices of tensors as parts of payloads. Consecutive slices of one tensor flatten it once.
 
     Args:
         tensors: By parameter index, all of one kind.
         parameters: The job's, by index.
+        encoding: What they are encoded in, where it takes their dtype.
     """
 
-    def __init__(self, tensors: Mapping[int, torch.Tensor], parameters: Sequence[Parameter]) -> None:
+    def __init__(
+        self, tensors: Mapping[int, torch.Tensor], parameters: Sequence[Parameter], encoding: Encoding = EXACT
+    ) -> None:
         self._tensors = tensors
         self._parameters = parameters
+        self._encoding = encoding
         self._index = -1
+        self._flat = torch.empty(0)
         self._bytes = memoryview(b"")
 
-    def parts(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> Iterator[memoryview]:
-        """The bytes of the bucket's present slices, in the dtype that tensors `kind` travel in.
+    def encoding_of(self, kind: str, bucket: Bucket) -> Encoding:
+        """What the parts of a bucket are encoded in."""
+        return self._encoding.of(bucket.dtype_of(kind))
 
-        Views of the tensors where these are dense and of that dtype, else of copies.
+    def parts(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> Iterator[Part]:
+        """The bucket's present slices, of the dtype that tensors `kind` travel in.
+
+        Views of the tensors where these are dense and of that dtype, else of copies. What is encoded is encoded only
+        where it is written, and is on the tensors' own device until then.
         """
         dtype = bucket.dtype_of(kind)
+        encoding = self._encoding.of(dtype)
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:
-                whole = self._whole(piece.parameter, dtype)
-                yield whole[piece.offset * dtype.itemsize : piece.end * dtype.itemsize]
+                self._take(piece.parameter, dtype, encoding)
+                if encoding.is_exact:
+                    yield self._bytes[piece.offset * dtype.itemsize : piece.end * dtype.itemsize]
+                else:
+                    yield Encoded(encoding, self._flat[piece.offset : piece.end], dtype)
 
-    def _whole(self, index: int, dtype: torch.dtype) -> memoryview:
-        if index != self._index:
-            tensor = self._tensors[index]
-            _check_memory(index, tensor)
-            self._index, self._bytes = index, bytes_of(self._flat(tensor, self._parameters[index].memory_order, dtype))
-        return self._bytes
-
-    @staticmethod
-    def _flat(tensor: torch.Tensor, order: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _take(self, index: int, dtype: torch.dtype, encoding: Encoding) -> None:
+        if index == self._index:
+            return
+        tensor, order = self._tensors[index], self._parameters[index].memory_order
+        _check_memory(index, tensor)
         plain = tensor.detach()
         if plain.dtype is dtype and plain.device.type == "cpu" and not dtype.is_complex and _lies_in(plain, order):
             # By far the most common, and the shortest way.
-            return plain.view(-1)
-        return flatten(plain.resolve_conj().resolve_neg().to(dtype), order).cpu().contiguous()
+            flat = plain.view(-1)
+        else:
+            flat = flatten(plain.resolve_conj().resolve_neg().to(dtype), order)
+        if encoding.is_exact:
+            self._bytes = bytes_of(flat.cpu().contiguous())
+        else:
+            self._flat = flat
+        self._index = index
 
 
 class FlatWriter:
@@ -173,11 +190,22 @@ class FlatWriter:
     Args:
         tensors: By parameter index.
         parameters: The job's, by index.
+        narrowed: Has those added to it, by index, of which something comes in an encoding that is not exact.
+        compares: Whether to look at what the tensors have had before, for `changed`.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], parameters: Sequence[Parameter]
+        self,
+        tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+        parameters: Sequence[Parameter],
+        *,
+        narrowed: set[int] | None = None,
+        compares: bool = False,
     ) -> None:
+        self._compares = compares
+        self._narrowed = set[int]() if narrowed is None else narrowed
+        self.changed: set[int] = set()
+        """If it compares: those that something else has been written into than they had."""
         self._tensors = tensors
         self._parameters = parameters
         self._flats: dict[int, torch.Tensor] = {}
@@ -185,22 +213,50 @@ class FlatWriter:
         self._copied: set[int] = set()
 
     @torch.no_grad()
-    def write(self, kind: str, bucket: Bucket, present: Sequence[bool], payload: memoryview) -> None:
-        """Writes the bucket's present slices, whose elements `payload` holds one after another.
+    def write(
+        self, kind: str, bucket: Bucket, present: Sequence[bool], payload: memoryview, encoding: Encoding = EXACT
+    ) -> None:
+        """Writes the bucket's present slices, which `payload` holds one after another.
+
+        Args:
+            kind: What they are of.
+            bucket: The bucket.
+            present: Which of its slices there are.
+            payload: The payload.
+            encoding: What it is encoded in: one that takes the dtype that tensors `kind` travel in.
 
         Raises:
             ValueError: the payload has another length than such tensors `kind`.
         """
-        due = bucket.payload_bytes(kind, present)
+        due = bucket.payload_bytes(kind, present, encoding)
         if payload.nbytes != due:
             raise ValueError(f"{payload.nbytes} bytes for {kind} of bucket {bucket.bucket_id}, which takes {due}")
-        received = tensor_over(payload, bucket.dtype_of(kind))
-        start = 0
+        dtype, start = bucket.dtype_of(kind), 0
+        received = tensor_over(payload, dtype) if encoding.is_exact else None
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if not here or not piece.length:
+                continue
+            into = self._flat(piece.parameter)[piece.offset : piece.end]
+            if received is None:
+                nbytes = encoding.payload_bytes(piece.length, dtype)
+                encoding.decode(payload[start : start + nbytes], into)
+                self._narrowed.add(piece.parameter)
+                start += nbytes
+                continue
+            elements = received[start : start + piece.length]
+            if self._compares and piece.parameter not in self.changed and not _same_bits(into, elements):
+                self.changed.add(piece.parameter)
+            copy_flat(into, elements)
+            start += piece.length
+
+    @torch.no_grad()
+    def round(self, bucket: Bucket, present: Sequence[bool], encoding: Encoding) -> None:
+        """Rounds values: what they are after this is what would have come of them in an encoding."""
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:
-                flat = self._flat(piece.parameter)
-                copy_flat(flat[piece.offset : piece.end], received[start : start + piece.length])
-                start += piece.length
+                values = self._flat(piece.parameter)[piece.offset : piece.end]
+                values.copy_(encoding.rounded(values))
+                self._narrowed.add(piece.parameter)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -228,6 +284,12 @@ class FlatWriter:
 def _lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
     """Whether a tensor is row-major, and its elements are to be taken in this order."""
     return tensor.is_contiguous() and order == tuple(range(len(order)))
+
+
+def _same_bits(here: torch.Tensor, received: torch.Tensor) -> bool:
+    """Whether a slice of a tensor has the bits of received elements. A NaN is not equal to itself; its bits are."""
+    there = received.to(here.device)
+    return torch.equal(here.contiguous().view(torch.uint8), there.view(torch.uint8))
 
 
 def _check_memory(index: int, tensor: torch.Tensor) -> None:

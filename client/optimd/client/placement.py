@@ -9,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from optimd.client.embedded import embedded_server
 from optimd.client.environment import WorkerEnvironment
 from optimd.client.exceptions import ConfigurationError
 from optimd.client.jobsettings import APPLY, NONFINITE, ON_EXISTING, encode_aggregation
 from optimd.client.layoutexchange import JobRequest
-from optimd.client.options import Async, ProxyOptions
+from optimd.client.narrowing import WireEncodings
+from optimd.client.options import Async, ProxyOptions, WireDtypes
+from optimd.wire.encodings import narrowing_to
 
 # What the workers of one torchrun call their job on the server that only they can reach.
 _GROUP_JOB: Final = "torchrun"
@@ -133,8 +137,16 @@ def place(
             max_grad_norm=options.max_grad_norm,
             nonfinite=NONFINITE[options.nonfinite],
             follows_rewind=options.on_rewind == "follow",
+            encodings=_encodings(options.wire_dtype),
         ),
     )
+
+
+def _encodings(wire_dtype: torch.dtype | WireDtypes | None) -> WireEncodings:
+    asked = (
+        wire_dtype if isinstance(wire_dtype, WireDtypes) else WireDtypes(gradients=wire_dtype, parameters=wire_dtype)
+    )
+    return WireEncodings(gradients=narrowing_to(asked.gradients), parameters=narrowing_to(asked.parameters))
 
 
 def _default_worker_id(options: ProxyOptions, environment: WorkerEnvironment, rank: int | None) -> str:

@@ -12,6 +12,7 @@ from optimd.client.joblayout import JobLayout
 from optimd.client.statetransfer import RemoteEntry, state_buckets, state_header, tensor_buckets
 from optimd.v1 import param_group_pb2, state_dict_pb2, training_pb2
 from optimd.wire.codec import encode
+from optimd.wire.encodings import EXACT, Encoding
 from optimd.wire.kinds import GRADIENT, PARAMETER
 from optimd.wire.paging import paginate
 from optimd.wire.rings import RingWriter
@@ -43,8 +44,12 @@ def push_messages(
     pushed_pages: Sequence[Sequence[state_dict_pb2.PushedEntry]],
     held: Collection[int] = (),
     ring: RingWriter | None = None,
+    encoding: Encoding = EXACT,
 ) -> Iterator[bytes]:
-    """The messages of a push, in order, without the buckets that the server holds of its gradients."""
+    """The messages of a push, in order, without the buckets that the server holds of its gradients.
+
+    These go through `ring`, where there is one, and in `encoding`; so they do in the messages below.
+    """
     yield encode(training_pb2.TrainRequest(step_begin=begin))
     for groups in group_pages:
         message = param_group_pb2.ParamGroupsPage(groups=groups)
@@ -54,15 +59,19 @@ def push_messages(
     yield from tensor_buckets(layout, PARAMETER, push.values)
     yield from state_buckets(layout, push.states)
     wanted = {bucket.bucket_id for bucket in layout.buckets}.difference(held) if held else None
-    count = yield from gradient_messages(layout, () if push.skipped else push.grads, wanted, ring)
+    count = yield from gradient_messages(layout, () if push.skipped else push.grads, wanted, ring, encoding)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 
 def repeated_messages(
-    layout: JobLayout, push: Push, buckets: Collection[int], ring: RingWriter | None = None
+    layout: JobLayout,
+    push: Push,
+    buckets: Collection[int],
+    ring: RingWriter | None = None,
+    encoding: Encoding = EXACT,
 ) -> Iterator[bytes]:
     """The messages that push some buckets again, in order."""
-    count = yield from gradient_messages(layout, push.grads, buckets, ring)
+    count = yield from gradient_messages(layout, push.grads, buckets, ring, encoding)
     yield encode(training_pb2.TrainRequest(step_end=training_pb2.StepEnd(bucket_count=count)))
 
 
@@ -71,10 +80,11 @@ def accumulation_messages(
     grads: Sequence[torch.Tensor | None],
     begin: training_pb2.Accumulate,
     ring: RingWriter | None = None,
+    encoding: Encoding = EXACT,
 ) -> Iterator[bytes]:
     """The messages that have gradients held for the next push, in order."""
     yield encode(training_pb2.TrainRequest(accumulate=begin))
-    count = yield from gradient_messages(layout, grads, ring=ring)
+    count = yield from gradient_messages(layout, grads, ring=ring, encoding=encoding)
     yield encode(training_pb2.TrainRequest(accumulate_end=training_pb2.AccumulateEnd(bucket_count=count)))
 
 
@@ -83,23 +93,33 @@ def gradient_messages(
     grads: Sequence[torch.Tensor | None],
     wanted: Collection[int] | None = None,
     ring: RingWriter | None = None,
+    encoding: Encoding = EXACT,
 ) -> Generator[bytes, None, int]:
     """The buckets that have any gradient, or of these the `wanted` ones, by id. Returns how many there were."""
     present = {index: grad for index, grad in enumerate(grads) if grad is not None}
     count = 0
-    for bucket in tensor_buckets(layout, GRADIENT, present, wanted, ring):
+    for bucket in tensor_buckets(layout, GRADIENT, present, wanted, ring, encoding):
         yield bucket
         count += 1
     return count
 
 
-def pushed_entries(push: Push) -> list[list[state_dict_pb2.PushedEntry]]:
-    """What announces a push's values and states, in pages; without any, none."""
+def pushed_entries(
+    push: Push, narrowed: Collection[int] = (), encoding: Encoding = EXACT
+) -> list[list[state_dict_pb2.PushedEntry]]:
+    """What announces a push's values and states, in pages; without any, none.
+
+    Args:
+        push: The push.
+        narrowed: The parameters, by index, whose values came narrowed before they were changed.
+        encoding: What they came in, where that takes their dtype.
+    """
     entries = [
         state_dict_pb2.PushedEntry(
             parameter=index,
             has_value=index in push.values,
             state=state_header(index, push.states[index]) if index in push.states else None,
+            received_as=encoding.number if index in push.values and index in narrowed else EXACT.number,
         )
         for index in sorted(push.values.keys() | push.states.keys())
     ]

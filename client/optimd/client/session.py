@@ -32,6 +32,9 @@ T = TypeVar("T")
 
 _READING_PAUSE_S: Final = 0.2
 
+_STEPPED: Final = (training_pb2.STEP_OUTCOME_APPLIED, training_pb2.STEP_OUTCOME_MERGED)
+"""What became of a push whose gradients are in a step."""
+
 
 class Session:
     """One worker in one job, from opening to leaving.
@@ -227,7 +230,7 @@ class Session:
         """
         finish_on_devices([*push.grads, *push.values.values()])
         # Before the line is looked at: the gradients are not of the parameters that may come with a new one.
-        opened = _OpenStep(push, base_step=self.job_step)
+        opened = _OpenStep(push, base_step=self.job_step, narrowed=self._line.narrowed.indices)
         sequence, resumed = self.next_sequence, False
         missed: training_pb2.StepReceipt | None = None
         if self._line.rewinds == rewinds:
@@ -250,6 +253,9 @@ class Session:
                 # It had been answered, and only the answer was lost. Its values came with the line.
                 self._line.answered()
                 self._line.forget_held()
+                if missed.outcome in _STEPPED:
+                    stepped = {index for index, grad in enumerate(push.grads) if grad is not None}
+                    self._line.narrowed.round(stepped, tensors, self._line.layout)
                 receipt = missed
                 break
         else:
@@ -274,7 +280,8 @@ class Session:
         stream, push = self._line.stream(), opened.push
         # Here, not where they are sent: what cannot be encoded must not cost the stream.
         group_pages = [page for page, _ in paginate(self._line.groups.tell(push.groups)) if page]
-        pushed_pages = pushed_entries(push)
+        encodings = self._line.request.encodings
+        pushed_pages = pushed_entries(push, opened.narrowed, encodings.parameters)
         begin = training_pb2.StepBegin(
             sequence=self.next_sequence,
             base_step=opened.base_step,
@@ -291,15 +298,23 @@ class Session:
         )
         with self._line.failing_for_good(), opened.counting(stream):
             stream.send(
-                push_messages(self._line.layout, push, begin, group_pages, pushed_pages, opened.held, stream.ring)
+                push_messages(
+                    self._line.layout,
+                    push,
+                    begin,
+                    group_pages,
+                    pushed_pages,
+                    opened.held,
+                    stream.ring,
+                    encodings.gradients,
+                )
             )
-            writer = FlatWriter(tensors, self.parameters)
+            writer = FlatWriter(tensors, self.parameters, narrowed=self._line.narrowed.indices)
             while True:
                 kind, message, frame = stream.expect("bucket", "receipt", "refused", "push_again")
                 if kind == "push_again":
-                    stream.send(
-                        repeated_messages(self._line.layout, push, set(message.push_again.buckets), stream.ring)
-                    )
+                    again = set(message.push_again.buckets)
+                    stream.send(repeated_messages(self._line.layout, push, again, stream.ring, encodings.gradients))
                 elif kind == "bucket":
                     opened.keep_values()
                     write_values(writer, self._line.layout, message.bucket, frame.payload, stream.address)
@@ -345,7 +360,8 @@ class Session:
                 layout_count=self._line.layout_count,
             )
             stream = self._line.stream()
-            stream.send(accumulation_messages(self._line.layout, grads, begin, stream.ring))
+            encoding = self._line.request.encodings.gradients
+            stream.send(accumulation_messages(self._line.layout, grads, begin, stream.ring, encoding))
             kind, message, _ = stream.expect("accumulated", "refused")
             return kind, message
 
@@ -416,6 +432,7 @@ class Session:
         into = {index: tensors[index] for index in wanted or range(len(tensors))}
         kinds = (PARAMETER,)
         self._reading(lambda: read_state(self._line.connection, self.job, self._line.layout, kinds, wanted, into=into))
+        self._line.narrowed.came_whole(wanted)
 
     def snapshot(self) -> int:
         """Has the server write a snapshot of the job. Returns the job step that it is of, once it is on disk.
@@ -558,11 +575,14 @@ class _OpenStep:
     Args:
         push: What the worker brings.
         base_step: The job step that its gradients are of the parameters of.
+        narrowed: The parameters whose values came narrowed.
     """
 
-    def __init__(self, push: Push, *, base_step: int) -> None:
+    def __init__(self, push: Push, *, base_step: int, narrowed: Collection[int] = ()) -> None:
         self.push = push
         self.base_step = base_step
+        self.narrowed = frozenset(narrowed).intersection(push.values)
+        """Those of the values of the push that came narrowed before they were changed."""
         self.held: frozenset[int] = frozenset()
         """The buckets of the push that the server has."""
         self.sent = 0

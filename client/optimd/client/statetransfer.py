@@ -14,6 +14,7 @@ from optimd.client.joblayout import JobLayout
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.v1 import param_group_pb2, reading_pb2, state_dict_pb2, tensor_pb2, training_pb2
 from optimd.wire.codec import encode
+from optimd.wire.encodings import EXACT, Encoding
 from optimd.wire.kinds import PARAMETER, decode_kind, encode_kind
 from optimd.wire.layout import Bucket, Parameter, pack_present, unpack_present
 from optimd.wire.paging import paginate
@@ -34,8 +35,12 @@ def bucket_message(
     kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader, ring: RingWriter | None = None
 ) -> bytes:
     """A `TrainRequest` that carries one kind of tensor of a bucket's present slices. May wait for shared memory."""
-    header = tensor_pb2.TensorBucket(bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present))
-    parts = place(header, reader.parts(kind, bucket, present), bucket.payload_bytes(kind, present), ring)
+    encoding = reader.encoding_of(kind, bucket)
+    header = tensor_pb2.TensorBucket(
+        bucket_id=bucket.bucket_id, kind=encode_kind(kind), present=pack_present(present), encoding=encoding.number
+    )
+    nbytes = bucket.payload_bytes(kind, present, encoding)
+    parts = place(header, reader.parts(kind, bucket, present), nbytes, ring)
     return encode(training_pb2.TrainRequest(bucket=header), parts)
 
 
@@ -45,15 +50,16 @@ def tensor_buckets(
     tensors: Mapping[int, torch.Tensor],
     wanted: Collection[int] | None = None,
     ring: RingWriter | None = None,
+    encoding: Encoding = EXACT,
 ) -> Iterator[bytes]:
     """The buckets that have any of these tensors, which are of one kind, by parameter index. Without any, none.
 
     Where only some buckets are `wanted`, by id, the others are left out. Their payloads go through `ring`, where there
-    is one.
+    is one, and in `encoding`, where it takes their dtype.
     """
     if not tensors:
         return
-    reader = FlatReader(tensors, layout.parameters)
+    reader = FlatReader(tensors, layout.parameters, encoding)
     for bucket in layout.buckets:
         present = [piece.parameter in tensors for piece in bucket.slices]
         if any(present) and (wanted is None or bucket.bucket_id in wanted):
@@ -105,6 +111,8 @@ class StateReceiver:
         kind, bucket = decode_kind(header.kind), self._layout.bucket(header.bucket_id)
         if kind not in self._tensors:
             raise ValueError(f"{kind} was not asked for")
+        if header.encoding:
+            raise ValueError(f"{kind} is encoded, which is for steps")
         tensors = self._tensors[kind]
         present = unpack_present(header.present, len(bucket.slices))
         for piece, here in zip(bucket.slices, present, strict=True):

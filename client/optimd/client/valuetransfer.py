@@ -10,10 +10,12 @@ import torch
 from optimd.client.connection import TrainStream
 from optimd.client.exceptions import ProtocolError
 from optimd.client.joblayout import JobLayout
+from optimd.client.narrowing import NarrowedValues
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
 from optimd.client.statetransfer import bucket_message
 from optimd.v1 import job_pb2, tensor_pb2
+from optimd.wire.encodings import encoding_for
 from optimd.wire.kinds import PARAMETER, encode_kind
 from optimd.wire.layout import Bucket, Parameter, unpack_present
 
@@ -43,10 +45,15 @@ class ReturnedValues:
         local: The parameters of this process.
         layout: What it knows of the job.
         written: Those that the program has written to, by index.
+        narrowed: Those whose values came narrowed.
     """
 
-    def __init__(self, local: LocalValues, layout: JobLayout, written: Collection[int]) -> None:
+    def __init__(
+        self, local: LocalValues, layout: JobLayout, written: Collection[int], narrowed: NarrowedValues
+    ) -> None:
         self._local = local
+        self._layout = layout
+        self._narrowed = narrowed
         self._written = frozenset(written)
         self._tensors = local.tensors()
         self.into = {
@@ -56,6 +63,8 @@ class ReturnedValues:
             for index, parameter in enumerate(layout.parameters)
         }
         """Where they are received, by index."""
+        self.changed = set[int]()
+        """Those, by index, that have come as something else than was there."""
         self._aside = [
             index
             for index, parameter in enumerate(layout.parameters)
@@ -64,6 +73,7 @@ class ReturnedValues:
 
     def keep_written(self) -> None:
         """What the program has written is left alone."""
+        self._round(self._written)
         self._local.received(self._written)
 
     @torch.no_grad()
@@ -71,8 +81,14 @@ class ReturnedValues:
         """The server's values hold for all. Returns whether the program had written to any."""
         for index in self._aside:
             self._tensors[index].detach().copy_(self.into[index])
+        self._round(())
         self._local.received(())
         return bool(self._aside)
+
+    def _round(self, kept: Collection[int]) -> None:
+        """What came narrowed before, or has changed since, is as it would have come in the steps that were missed."""
+        here = {index for index, parameter in enumerate(self._layout.parameters) if self._is_here(index, parameter)}
+        self._narrowed.round((self._narrowed.indices | self.changed) & here - set(kept), self._tensors, self._layout)
 
     def _is_here(self, index: int, parameter: Parameter) -> bool:
         """Whether this process has a tensor for a parameter: its own may be another one by now, or gone."""
@@ -94,7 +110,11 @@ def value_messages(
 
 
 def receive_values(
-    stream: TrainStream, layout: JobLayout, tensors: Mapping[int, torch.Tensor] | None, progress: Progress
+    stream: TrainStream,
+    layout: JobLayout,
+    tensors: Mapping[int, torch.Tensor] | None,
+    progress: Progress,
+    changed: set[int] | None = None,
 ) -> job_pb2.JobReady:
     """Buckets of values, of which some may come again, up to JobReady. Blocks.
 
@@ -103,12 +123,15 @@ def receive_values(
         layout: What the worker knows of the job.
         tensors: The parameters, written to in place; None: they are of no use any more.
         progress: Is told of them.
+        changed: If given, has those added to it, by index, that come as something else than is there.
     """
-    writer = FlatWriter(tensors or {}, layout.parameters)
+    writer = FlatWriter(tensors or {}, layout.parameters, compares=changed is not None)
     while True:
         kind, message, frame = stream.expect("bucket", "ready")
         if kind == "ready":
             writer.flush()
+            if changed is not None:
+                changed.update(writer.changed)
             return message.ready
         if tensors is not None:
             write_values(writer, layout, message.bucket, frame.payload, stream.address)
@@ -127,6 +150,7 @@ def write_values(
         raise ProtocolError(f"the server at {address} sent tensor kind {header.kind} where values were due")
     try:
         bucket = layout.bucket(header.bucket_id)
-        writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload)
+        encoding = encoding_for(header.encoding, bucket.dtype)
+        writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload, encoding)
     except ValueError as error:
         raise ProtocolError(f"the server at {address} sent a bucket that does not fit: {error}") from error

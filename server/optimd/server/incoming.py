@@ -9,9 +9,11 @@ import torch
 
 from optimd.server.errors import InvalidFieldError, OutOfOrderError
 from optimd.server.store import Store
+from optimd.server.widening import Widener
 from optimd.v1 import job_pb2, state_dict_pb2, tensor_pb2, training_pb2
 from optimd.wire.bundles import unbundle
 from optimd.wire.codec import Frame, MalformedMessageError, decode
+from optimd.wire.encodings import EXACT, Encoding
 from optimd.wire.kinds import decode_kind
 from optimd.wire.layout import Bucket, unpack_present
 from optimd.wire.placement import placed
@@ -36,6 +38,8 @@ class Incoming:
         self.has_ended = False
         """Whether nothing more will come: the worker has closed its side, or its line is down."""
         self.bytes_received = 0
+        self.widener = Widener()
+        """Widens the gradients that come narrowed."""
 
     def share(self, ring: RingReader) -> None:
         """Payloads may come through shared memory from now on."""
@@ -131,16 +135,22 @@ class Incoming:
 
 
 def read_bucket(
-    header: tensor_pb2.TensorBucket, frame: Frame, buckets: Sequence[Bucket]
+    header: tensor_pb2.TensorBucket, frame: Frame, buckets: Sequence[Bucket], widener: Widener | None = None
 ) -> tuple[str, Bucket, list[bool], torch.Tensor]:
     """Checks a bucket against the job's table.
 
+    Args:
+        header: The message's.
+        frame: The message, with its payload.
+        buckets: The job's table.
+        widener: Widens what comes narrowed. None: nothing may.
+
     Returns:
         The kind of tensor, the bucket, which of its slices are present, and their elements, flat: a view of the
-        received message that must not be written to.
+        received message, or the widener's memory. They must not be written to.
 
     Raises:
-        InvalidFieldError: the bucket is unknown, or bitmap or payload do not fit it.
+        InvalidFieldError: the bucket is unknown, or bitmap, encoding or payload do not fit it.
     """
     if header.bucket_id >= len(buckets):
         raise InvalidFieldError(
@@ -152,13 +162,22 @@ def read_bucket(
         present = unpack_present(header.present, len(bucket.slices))
     except ValueError as error:
         raise InvalidFieldError("TensorBucket", str(error)) from error
-    due = bucket.payload_bytes(kind, present)
+    encoding = widener.encoding_of(header, kind, bucket) if widener is not None else _exactly(header)
+    due = bucket.payload_bytes(kind, present, encoding)
     if frame.payload.nbytes != due:
         raise InvalidFieldError(
             "TrainRequest.payload",
             f"{frame.payload.nbytes} bytes; the {kind} of bucket {bucket.bucket_id} takes {due}",
         )
-    return kind, bucket, present, tensor_over(frame.payload, bucket.dtype_of(kind))
+    if widener is None or encoding.is_exact:
+        return kind, bucket, present, tensor_over(frame.payload, bucket.dtype_of(kind))
+    return kind, bucket, present, widener.widened(encoding, bucket, present, frame.payload)
+
+
+def _exactly(header: tensor_pb2.TensorBucket) -> Encoding:
+    if header.encoding:
+        raise InvalidFieldError("TensorBucket.encoding", "is for gradients")
+    return EXACT
 
 
 class SplitParameters:

@@ -24,6 +24,7 @@ from optimd.server.recordwriter import RecordWriter
 from optimd.server.store import StagedState, Store
 from optimd.v1 import job_pb2, journal_pb2, state_dict_pb2
 from optimd.wire.buffers import BufferValues, encode_buffer
+from optimd.wire.encodings import EXACT
 from optimd.wire.kinds import PARAMETER, encode_kind
 from optimd.wire.layout import Bucket, encode_bucket, encode_parameter, pack_present
 from optimd.wire.param_groups import encode_group
@@ -151,6 +152,7 @@ class JobJournal(RecordWriter):
                             parameter=index,
                             has_value=index in staged.values,
                             state=_entry(index, staged) if index in staged.steps else None,
+                            received_as=staged.received_as.get(index, EXACT).number,
                         )
                         for index in sorted(staged.values.keys() | staged.steps.keys())
                     ],

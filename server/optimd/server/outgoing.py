@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from optimd.v1 import tensor_pb2, training_pb2
 from optimd.wire.bundles import Bundler
 from optimd.wire.codec import encode
+from optimd.wire.encodings import EXACT, Encoding, Part
 from optimd.wire.kinds import PARAMETER, encode_kind
 from optimd.wire.layout import Bucket, pack_present
 from optimd.wire.placement import place
@@ -24,6 +25,8 @@ class Outgoing:
         self.takes_bundles = False
         """Whether the worker reads bundles, as it has said."""
         self._bundler = Bundler()
+        self.encoding = EXACT
+        """What parameters go out in, in the course of steps."""
         self.placed_bytes = 0
         """How many bytes have gone through shared memory."""
 
@@ -42,10 +45,22 @@ class Outgoing:
         """What was held back."""
         yield from self._bundler.flush()
 
-    def values(self, bucket: Bucket, present: Sequence[bool], parts: list[memoryview]) -> bytes:
-        """The message with the values of a bucket's present slices, which are read now. May wait for shared memory."""
+    def values(
+        self, bucket: Bucket, present: Sequence[bool], parts: Sequence[Part], encoding: Encoding = EXACT
+    ) -> bytes:
+        """The message with the values of a bucket's present slices, which are read now. May wait for shared memory.
+
+        Args:
+            bucket: The bucket.
+            present: Which of its slices there are.
+            parts: Their values.
+            encoding: What these are encoded in.
+        """
         header = tensor_pb2.TensorBucket(
-            bucket_id=bucket.bucket_id, kind=encode_kind(PARAMETER), present=pack_present(present)
+            bucket_id=bucket.bucket_id,
+            kind=encode_kind(PARAMETER),
+            present=pack_present(present),
+            encoding=encoding.number,
         )
         nbytes = sum(part.nbytes for part in parts)
         carried = place(header, parts, nbytes, self._bundler.ring)

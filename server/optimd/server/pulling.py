@@ -12,6 +12,7 @@ from optimd.server.parts import JobParts
 from optimd.server.pushing import OpenPush, Pushing
 from optimd.server.receipts import Outcome, Receipt
 from optimd.server.stepping import Round
+from optimd.wire.encodings import EXACT, Encoding, Part, payload_of
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket
 
@@ -165,7 +166,9 @@ class Pulling:
                 catch_up.queue = unseen[::-1]
             return catch_up.queue.pop()
 
-    def read(self, member: Member, bucket: Bucket, present: list[bool], *, unmoved: bool) -> list[memoryview]:
+    def read(
+        self, member: Member, bucket: Bucket, present: list[bool], *, unmoved: bool, encoding: Encoding = EXACT
+    ) -> list[Part]:
         """The values of a bucket's present slices, for a worker that is sent them now. Views or copies of them.
 
         Args:
@@ -173,15 +176,16 @@ class Pulling:
             bucket: The bucket.
             present: Which of its slices are wanted.
             unmoved: Whether they belong to a step that the worker has a part in, and that cannot change under it.
+            encoding: What they go out in: one that takes the bucket's dtype.
         """
         if unmoved and self._stands_still:
-            return self._job.content.store.read(PARAMETER, bucket, present)
+            return self._job.content.store.parts(PARAMETER, bucket, present, encoding)
         with self._changed:
             self._job.company.check_alive(member)
             self.see_locked(member, bucket.bucket_id)
             # Copies: what is sent is read without the lock.
-            views = self._job.content.store.read(PARAMETER, bucket, present)
-            return [memoryview(bytes(view)) for view in views]
+            views = self._job.content.store.parts(PARAMETER, bucket, present, encoding)
+            return [memoryview(payload_of(views))] if views else []
 
     def confirm(self, member: Member) -> None:
         """A worker has gone on: it has all that it has been sent."""

@@ -8,6 +8,7 @@ import torch
 
 from optimd.server.aggregation import Worker
 from optimd.server.store import StagedState
+from optimd.wire.encodings import EXACT
 
 
 class PushedContent:
@@ -57,6 +58,7 @@ class PushedContent:
             staged = self._by_worker[worker]
             for index in staged.values.keys() - merged.values.keys():
                 merged.values[index] = staged.values[index]
+                merged.received_as[index] = staged.received_as.get(index, EXACT)
                 owners[index] = worker
             for index in staged.tensors.keys() - merged.tensors.keys():
                 merged.steps[index], merged.tensors[index] = staged.steps[index], staged.tensors[index]

@@ -26,8 +26,9 @@ from optimd.server.pushing import ANSWERABLE, OpenPush
 from optimd.server.receipts import encode_receipt
 from optimd.server.staging import read_entries, receive_staged, staged_bytes
 from optimd.server.store import Store
-from optimd.v1 import training_pb2
+from optimd.v1 import state_dict_pb2, training_pb2
 from optimd.wire.codec import encode
+from optimd.wire.encodings import EXACT, Encoding, known_encoding
 from optimd.wire.kinds import GRADIENT
 from optimd.wire.layout import Bucket
 
@@ -114,7 +115,7 @@ def _serve_begun(
         return
     catch_up = job.pulling.catch_up_of(push)
     if catch_up is not None:
-        for message in unseen_values(outgoing, job, push.member, catch_up):
+        for message in unseen_values(outgoing, job, push.member, catch_up, outgoing.encoding):
             yield from outgoing.put(message)
     receipt = job.pulling.settle(push, catch_up)
     job.journal.await_durable()
@@ -140,16 +141,21 @@ def _applied_values(
 ) -> Iterator[bytes]:
     for bucket_id, present in applied:
         bucket = push.store.buckets[bucket_id]
-        parts = job.pulling.read(push.member, bucket, present, unmoved=True)
-        yield from outgoing.put(outgoing.values(bucket, present, parts))
+        encoding = outgoing.encoding.of(bucket.dtype)
+        parts = job.pulling.read(push.member, bucket, present, unmoved=True, encoding=encoding)
+        yield from outgoing.put(outgoing.values(bucket, present, parts, encoding))
 
 
-def unseen_values(outgoing: Outgoing, job: Job, member: Member, catch_up: CatchUp) -> Iterator[bytes]:
-    """The buckets that are new to a worker."""
+def unseen_values(
+    outgoing: Outgoing, job: Job, member: Member, catch_up: CatchUp, asked: Encoding = EXACT
+) -> Iterator[bytes]:
+    """The buckets that are new to a worker, in the encoding that is asked for where that takes their dtype."""
     while (bucket_id := job.pulling.next_unseen(member, catch_up)) is not None:
         bucket = job.store.buckets[bucket_id]
         present = [True] * len(bucket.slices)
-        yield outgoing.values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
+        encoding = asked.of(bucket.dtype)
+        parts = job.pulling.read(member, bucket, present, unmoved=False, encoding=encoding)
+        yield outgoing.values(bucket, present, parts, encoding)
 
 
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:
@@ -228,7 +234,7 @@ def _gradients(
             if split is not None:
                 split.check()
             return
-        what, bucket, present, payload = read_bucket(message.bucket, frame, store.buckets)
+        what, bucket, present, payload = read_bucket(message.bucket, frame, store.buckets, incoming.widener)
         if what != GRADIENT or bucket.bucket_id in pushed:
             raise InvalidFieldError(
                 "TensorBucket", f"{what} of bucket {bucket.bucket_id} has no place here, or came a second time"
@@ -242,9 +248,16 @@ def _gradients(
         yield
 
 
+def _received_as(entry: state_dict_pb2.PushedEntry) -> Encoding:
+    encoding = known_encoding(entry.received_as)
+    if encoding is None:
+        raise InvalidFieldError("PushedEntry.received_as", f"{entry.received_as} is unknown")
+    return encoding
+
+
 def _receive_pushed(incoming: Incoming, job: Job, push: OpenPush, pages: int) -> None:
     """What the worker changed outside of steps: all of it, before its first gradient."""
-    valued: set[int] = set()
+    valued: dict[int, Encoding] = {}
     stated: set[int] = set()
     states: list[tuple[int, float, list[str]]] = []
     for _ in range(pages):
@@ -253,12 +266,12 @@ def _receive_pushed(incoming: Incoming, job: Job, push: OpenPush, pages: int) ->
             if entry.parameter >= len(job.store.parameters):
                 raise InvalidFieldError("PushedEntry.parameter", f"{entry.parameter} is unknown")
             if entry.has_value:
-                valued.add(entry.parameter)
+                valued[entry.parameter] = _received_as(entry)
             if entry.HasField("state"):
                 if entry.state.parameter != entry.parameter:
                     raise InvalidFieldError("PushedEntry.state.parameter", "is another than the entry's")
                 states += read_entries(job.store, [entry.state], seen=stated)
     job.bringing.reserve(push.member, staged_bytes(job.store, states, valued))
-    staged = job.store.stage(states, values=valued)
+    staged = job.store.stage(states, values=valued, received_as=valued)
     receive_staged(incoming, job.store, staged)
     job.pushing.bring(push, staged)

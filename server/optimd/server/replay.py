@@ -29,6 +29,7 @@ from optimd.server.store import StagedState, Store
 from optimd.server.watching import CommittedStep, Contribution
 from optimd.v1 import journal_pb2, state_dict_pb2
 from optimd.wire.buffers import BufferValues, decode_buffer
+from optimd.wire.encodings import EXACT, known_encoding
 from optimd.wire.kinds import PARAMETER, decode_kind
 from optimd.wire.layout import Bucket, decode_bucket, decode_parameter, unpack_present
 from optimd.wire.param_groups import decode_group
@@ -266,6 +267,7 @@ class Replay:
         staged = store.stage(
             _entries(entry.state for entry in message.entries if entry.HasField("state")),
             values=[entry.parameter for entry in message.entries if entry.has_value],
+            received_as={entry.parameter: known_encoding(entry.received_as) or EXACT for entry in message.entries},
         )
         self._begin(_Bringing(message.tensor_count, self._staging(staged), lambda: store.install(staged)))
 

@@ -32,6 +32,7 @@ from optimd.server.receipts import encode_receipt
 from optimd.server.registry import JobRegistry
 from optimd.server.staging import read_entries, receive_staged, staged_bytes
 from optimd.server.store import StagedState, Store
+from optimd.server.widening import agreed
 from optimd.v1 import job_pb2, tensor_pb2, training_pb2
 from optimd.wire.buffers import BufferValues
 from optimd.wire.codec import Frame, encode
@@ -190,6 +191,8 @@ class TrainSession:
         _, message, _ = self._incoming.expect("open")
         self._outgoing.takes_bundles = message.open.takes_bundles
         self._share_memory(message.open)
+        self._incoming.widener.encoding = agreed(message.open.gradients)
+        self._outgoing.encoding = agreed(message.open.parameters)
         opening = read_opening(message.open)
         layout = read_layout(self._incoming.layout_pages(), max_bytes=self._registry.max_job_bytes)
         self._on_opened()
@@ -336,6 +339,8 @@ class TrainSession:
             apply=encode_apply(job.settings),
             takes_bundles=True,
             shared_memory=self._incoming.shares_memory,
+            gradients=self._incoming.widener.encoding.number,
+            parameters=self._outgoing.encoding.number,
         )
 
     def _ready(

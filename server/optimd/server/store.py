@@ -15,12 +15,13 @@ from typing import Any, Final
 import torch
 
 from optimd.server import update
+from optimd.wire.encodings import EXACT, Encoding, Part, part_of
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, Parameter, Slice
 from optimd.wire.tensors import bytes_of
 
-# Integers of the sizes of the dtypes that can have a master.
-_BITS: Final = {2: torch.int16, 4: torch.int32}
+# Integers of the sizes of the dtypes that workers can have in fewer bits than the store.
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(slots=True)
@@ -118,15 +119,28 @@ class Store:
             bucket: One of the store's.
             present: For each slice whether it is wanted. A parameter of a wanted slice has the tensor.
         """
-        parts = []
+        dtype = bucket.dtype_of(kind)
+        return [bytes_of(part.to(dtype).cpu()) for part in self._chosen(kind, bucket, present)]
+
+    def parts(self, kind: str, bucket: Bucket, present: Sequence[bool], encoding: Encoding) -> list[Part]:
+        """As `read`, as parts of a payload.
+
+        Args:
+            kind: As in `read`.
+            bucket: As in `read`.
+            present: As in `read`.
+            encoding: One that takes the dtype that they travel in.
+        """
+        dtype = bucket.dtype_of(kind)
+        return [part_of(part, encoding, dtype) for part in self._chosen(kind, bucket, present)]
+
+    def _chosen(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> Iterator[torch.Tensor]:
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:
                 whole = (
                     self._values[piece.parameter] if kind == PARAMETER else self._state[piece.parameter].tensors[kind]
                 )
-                part = whole[piece.offset : piece.end]
-                parts.append(bytes_of(part.to(bucket.dtype_of(kind)).cpu()))
-        return parts
+                yield whole[piece.offset : piece.end]
 
     def kinds(self) -> list[str]:
         """The kinds of tensors that any parameter has: its value, and the state of those that have one."""
@@ -285,14 +299,21 @@ class Store:
                 self.set_step(index, max(steps))
         return partial
 
-    def stage(self, entries: Iterable[tuple[int, float, Sequence[str]]], *, values: Iterable[int] = ()) -> StagedState:
+    def stage(
+        self,
+        entries: Iterable[tuple[int, float, Sequence[str]]],
+        *,
+        values: Iterable[int] = (),
+        received_as: Mapping[int, Encoding] | None = None,
+    ) -> StagedState:
         """Takes memory for states, and values, that are to replace those of this store.
 
         Args:
             entries: For each parameter whose state is replaced its index, its step and the names of its tensors.
             values: The indices of the parameters whose values are replaced.
+            received_as: What the worker had received these in, by index, where not as they are.
         """
-        staged = StagedState()
+        staged = StagedState(received_as)
         for index in values:
             staged.values[index] = torch.empty_like(self._values[index], dtype=self.parameters[index].dtype)
         for index, step, names in entries:
@@ -312,29 +333,37 @@ class Store:
     def install(self, staged: StagedState) -> None:
         """Puts staged values and states in place, parameter by parameter. What it does not name stays."""
         for index, value in staged.values.items():
-            self.install_value(index, value)
+            self.install_value(index, value, staged.received_as.get(index, EXACT))
         for index, tensors in staged.tensors.items():
             self.install_state(index, staged.steps[index], tensors)
 
-    def install_value(self, index: int, value: torch.Tensor) -> None:
+    def install_value(self, index: int, value: torch.Tensor, received_as: Encoding = EXACT) -> None:
         """Sets the value of one parameter to what a worker has made of it, in place.
 
-        A master weight that already rounds to the worker's element keeps its low bits: the worker has left it alone, or
-        could not have seen the difference.
+        An element that the worker has more bits of here than it was given, as of a master weight, and that rounds to
+        the worker's, keeps its low bits: the worker has left it alone, or could not have seen the difference.
 
         Args:
             index: The parameter's index.
             value: Its elements, flat, in the parameter's own dtype, on the store's device.
+            received_as: What the worker was given it in, or a part of it.
         """
         kept = self._values[index]
         parameter = self.parameters[index]
-        if parameter.master_dtype is None:
+        encoding = received_as.of(parameter.dtype)
+        if parameter.master_dtype is None and encoding.is_exact:
             kept.copy_(value)
             return
         bits = _BITS[parameter.dtype.itemsize]
-        # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
-        unchanged = kept.to(parameter.dtype).view(bits) == value.view(bits)
-        kept.copy_(torch.where(unchanged, kept, value.to(parameter.master_dtype)))
+        for bucket_id, position in self._places[index]:
+            piece = self.buckets[bucket_id].slices[position]
+            here, given = kept[piece.offset : piece.end], value[piece.offset : piece.end]
+            seen = here.to(parameter.dtype)
+            # Bits, not values: a NaN that stays is not a change, and 0.0 in the place of -0.0 is one.
+            unchanged = seen.view(bits) == given.view(bits)
+            if not encoding.is_exact:
+                unchanged |= encoding.rounded(seen).view(bits) == given.view(bits)
+            here.copy_(torch.where(unchanged, here, given.to(here.dtype)))
 
     def install_state(self, index: int, step: float, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replaces the state of one parameter. Without tensors it has none, as before its first update.
@@ -385,13 +414,15 @@ class Store:
 class StagedState:
     """States and values on their way in: they replace the store's when they are complete, or never."""
 
-    def __init__(self) -> None:
+    def __init__(self, received_as: Mapping[int, Encoding] | None = None) -> None:
         self.steps: dict[int, float] = {}
         """By parameter, whose state is replaced."""
         self.tensors: dict[int, dict[str, torch.Tensor]] = {}
         """By parameter, flat."""
         self.values: dict[int, torch.Tensor] = {}
         """By parameter, flat, where the value is replaced."""
+        self.received_as = dict(received_as or {})
+        """What the worker that replaces a value had received it in: by parameter, where not as it is."""
 
     @property
     def kinds(self) -> set[str]:

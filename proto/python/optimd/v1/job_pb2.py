@@ -26,23 +26,23 @@ from optimd.v1 import param_group_pb2 as optimd_dot_v1_dot_param__group__pb2
 from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13optimd/v1/job.proto\x12\toptimd.v1\x1a\x1boptimd/v1/param_group.proto\x1a\x16optimd/v1/tensor.proto\"T\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x42\x07\n\x05_rank\"\xcc\x01\n\x0fSyncAggregation\x12\x12\n\nworld_size\x18\x01 \x01(\r\x12\'\n\treduction\x18\x02 \x01(\x0e\x32\x14.optimd.v1.Reduction\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x16\n\x0ejoin_timeout_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x62\x61\x63kup_workers\x18\x05 \x01(\r\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\x12\"\n\x07on_loss\x18\x07 \x01(\x0e\x32\x11.optimd.v1.OnLoss\"k\n\x10\x41syncAggregation\x12\x1a\n\rmax_staleness\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\x16\n\x0ejoin_timeout_s\x18\x03 \x01(\x01\x42\x10\n\x0e_max_staleness\"x\n\x0b\x41ggregation\x12*\n\x04sync\x18\x01 \x01(\x0b\x32\x1a.optimd.v1.SyncAggregationH\x00\x12\x33\n\x0c\x61synchronous\x18\x02 \x01(\x0b\x32\x1b.optimd.v1.AsyncAggregationH\x00\x42\x08\n\x06policy\"Q\n\x0cSharedMemory\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x10\n\x08up_bytes\x18\x03 \x01(\x04\x12\x12\n\ndown_bytes\x18\x04 \x01(\x04\"\x85\x04\n\x07OpenJob\x12\x0b\n\x03job\x18\x01 \x01(\t\x12)\n\x06worker\x18\x02 \x01(\x0b\x32\x19.optimd.v1.WorkerIdentity\x12*\n\x0bon_existing\x18\x03 \x01(\x0e\x32\x15.optimd.v1.OnExisting\x12+\n\x0b\x61ggregation\x18\x04 \x01(\x0b\x32\x16.optimd.v1.Aggregation\x12#\n\x05\x61pply\x18\x05 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x14\n\x0c\x62ucket_bytes\x18\x06 \x01(\r\x12\x0f\n\x07private\x18\x07 \x01(\x08\x12\x16\n\x0e\x63lient_version\x18\x08 \x01(\t\x12\x1a\n\rmax_grad_norm\x18\t \x01(\x01H\x00\x88\x01\x01\x12\'\n\tnonfinite\x18\n \x01(\x0e\x32\x14.optimd.v1.NonFinite\x12\x1c\n\x0freturns_at_step\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x1d\n\x15returns_with_sequence\x18\x0c \x01(\x04\x12\x16\n\x0e\x66ollows_rewind\x18\r \x01(\x08\x12\x15\n\rtakes_bundles\x18\x16 \x01(\x08\x12.\n\rshared_memory\x18\x17 \x01(\x0b\x32\x17.optimd.v1.SharedMemoryB\x10\n\x0e_max_grad_normB\x12\n\x10_returns_at_step\"7\n\x0c\x43\x61rriedState\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x14\n\x0c\x63\x61rried_from\x18\x02 \x01(\r\"\x99\x01\n\nLayoutPage\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ParamGroup\x12,\n\nparameters\x18\x02 \x03(\x0b\x32\x18.optimd.v1.ParameterSpec\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12(\n\x07\x63\x61rried\x18\x04 \x03(\x0b\x32\x17.optimd.v1.CarriedState\"\xc6\x01\n\x0eLayoutAccepted\x12\x13\n\x0bsend_values\x18\x01 \x01(\x08\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\x12\x14\n\x0c\x62ucket_bytes\x18\x03 \x01(\r\x12\x14\n\x0c\x62ucket_count\x18\x04 \x01(\r\x12#\n\x05\x61pply\x18\x05 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\x08\x12\x15\n\rtakes_bundles\x18\x16 \x01(\x08\x12\x15\n\rshared_memory\x18\x17 \x01(\x08\"\xbc\x01\n\x08JobReady\x12\x10\n\x08job_step\x18\x01 \x01(\x04\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x12\n\nload_count\x18\x03 \x01(\x04\x12\x14\n\x0clayout_count\x18\x04 \x01(\x04\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x0f\n\x07lease_s\x18\x06 \x01(\x01\x12\x17\n\x0freceipt_follows\x18\x07 \x01(\x08\x12\x14\n\x0cheld_buckets\x18\x08 \x01(\x0c\x12\x0f\n\x07rewound\x18\t \x01(\x08*p\n\nOnExisting\x12\x1b\n\x17ON_EXISTING_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_EXISTING_RESUME\x10\x01\x12\x14\n\x10ON_EXISTING_FAIL\x10\x02\x12\x17\n\x13ON_EXISTING_REPLACE\x10\x03*m\n\tApplyMode\x12\x1a\n\x16\x41PPLY_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41PPLY_MODE_AUTO\x10\x01\x12\x18\n\x14\x41PPLY_MODE_STREAMING\x10\x02\x12\x15\n\x11\x41PPLY_MODE_ATOMIC\x10\x03*M\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x11\n\rREDUCTION_SUM\x10\x02*G\n\x06OnLoss\x12\x17\n\x13ON_LOSS_UNSPECIFIED\x10\x00\x12\x12\n\x0eON_LOSS_SHRINK\x10\x01\x12\x10\n\x0cON_LOSS_WAIT\x10\x02*h\n\tNonFinite\x12\x1a\n\x16NON_FINITE_UNSPECIFIED\x10\x00\x12\x14\n\x10NON_FINITE_ALLOW\x10\x01\x12\x13\n\x0fNON_FINITE_SKIP\x10\x02\x12\x14\n\x10NON_FINITE_ERROR\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13optimd/v1/job.proto\x12\toptimd.v1\x1a\x1boptimd/v1/param_group.proto\x1a\x16optimd/v1/tensor.proto\"T\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x42\x07\n\x05_rank\"\xcc\x01\n\x0fSyncAggregation\x12\x12\n\nworld_size\x18\x01 \x01(\r\x12\'\n\treduction\x18\x02 \x01(\x0e\x32\x14.optimd.v1.Reduction\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x16\n\x0ejoin_timeout_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x62\x61\x63kup_workers\x18\x05 \x01(\r\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\x12\"\n\x07on_loss\x18\x07 \x01(\x0e\x32\x11.optimd.v1.OnLoss\"k\n\x10\x41syncAggregation\x12\x1a\n\rmax_staleness\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\x16\n\x0ejoin_timeout_s\x18\x03 \x01(\x01\x42\x10\n\x0e_max_staleness\"x\n\x0b\x41ggregation\x12*\n\x04sync\x18\x01 \x01(\x0b\x32\x1a.optimd.v1.SyncAggregationH\x00\x12\x33\n\x0c\x61synchronous\x18\x02 \x01(\x0b\x32\x1b.optimd.v1.AsyncAggregationH\x00\x42\x08\n\x06policy\"Q\n\x0cSharedMemory\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x10\n\x08up_bytes\x18\x03 \x01(\x04\x12\x12\n\ndown_bytes\x18\x04 \x01(\x04\"\xe4\x04\n\x07OpenJob\x12\x0b\n\x03job\x18\x01 \x01(\t\x12)\n\x06worker\x18\x02 \x01(\x0b\x32\x19.optimd.v1.WorkerIdentity\x12*\n\x0bon_existing\x18\x03 \x01(\x0e\x32\x15.optimd.v1.OnExisting\x12+\n\x0b\x61ggregation\x18\x04 \x01(\x0b\x32\x16.optimd.v1.Aggregation\x12#\n\x05\x61pply\x18\x05 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x14\n\x0c\x62ucket_bytes\x18\x06 \x01(\r\x12\x0f\n\x07private\x18\x07 \x01(\x08\x12\x16\n\x0e\x63lient_version\x18\x08 \x01(\t\x12\x1a\n\rmax_grad_norm\x18\t \x01(\x01H\x00\x88\x01\x01\x12\'\n\tnonfinite\x18\n \x01(\x0e\x32\x14.optimd.v1.NonFinite\x12\x1c\n\x0freturns_at_step\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x1d\n\x15returns_with_sequence\x18\x0c \x01(\x04\x12\x16\n\x0e\x66ollows_rewind\x18\r \x01(\x08\x12-\n\tgradients\x18\x14 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\x12.\n\nparameters\x18\x15 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\x12\x15\n\rtakes_bundles\x18\x16 \x01(\x08\x12.\n\rshared_memory\x18\x17 \x01(\x0b\x32\x17.optimd.v1.SharedMemoryB\x10\n\x0e_max_grad_normB\x12\n\x10_returns_at_step\"7\n\x0c\x43\x61rriedState\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x14\n\x0c\x63\x61rried_from\x18\x02 \x01(\r\"\x99\x01\n\nLayoutPage\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ParamGroup\x12,\n\nparameters\x18\x02 \x03(\x0b\x32\x18.optimd.v1.ParameterSpec\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12(\n\x07\x63\x61rried\x18\x04 \x03(\x0b\x32\x17.optimd.v1.CarriedState\"\xa5\x02\n\x0eLayoutAccepted\x12\x13\n\x0bsend_values\x18\x01 \x01(\x08\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\x12\x14\n\x0c\x62ucket_bytes\x18\x03 \x01(\r\x12\x14\n\x0c\x62ucket_count\x18\x04 \x01(\r\x12#\n\x05\x61pply\x18\x05 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\x08\x12-\n\tgradients\x18\x14 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\x12.\n\nparameters\x18\x15 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\x12\x15\n\rtakes_bundles\x18\x16 \x01(\x08\x12\x15\n\rshared_memory\x18\x17 \x01(\x08\"\xbc\x01\n\x08JobReady\x12\x10\n\x08job_step\x18\x01 \x01(\x04\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x12\n\nload_count\x18\x03 \x01(\x04\x12\x14\n\x0clayout_count\x18\x04 \x01(\x04\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x0f\n\x07lease_s\x18\x06 \x01(\x01\x12\x17\n\x0freceipt_follows\x18\x07 \x01(\x08\x12\x14\n\x0cheld_buckets\x18\x08 \x01(\x0c\x12\x0f\n\x07rewound\x18\t \x01(\x08*p\n\nOnExisting\x12\x1b\n\x17ON_EXISTING_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_EXISTING_RESUME\x10\x01\x12\x14\n\x10ON_EXISTING_FAIL\x10\x02\x12\x17\n\x13ON_EXISTING_REPLACE\x10\x03*m\n\tApplyMode\x12\x1a\n\x16\x41PPLY_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41PPLY_MODE_AUTO\x10\x01\x12\x18\n\x14\x41PPLY_MODE_STREAMING\x10\x02\x12\x15\n\x11\x41PPLY_MODE_ATOMIC\x10\x03*M\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_MEAN\x10\x01\x12\x11\n\rREDUCTION_SUM\x10\x02*G\n\x06OnLoss\x12\x17\n\x13ON_LOSS_UNSPECIFIED\x10\x00\x12\x12\n\x0eON_LOSS_SHRINK\x10\x01\x12\x10\n\x0cON_LOSS_WAIT\x10\x02*h\n\tNonFinite\x12\x1a\n\x16NON_FINITE_UNSPECIFIED\x10\x00\x12\x14\n\x10NON_FINITE_ALLOW\x10\x01\x12\x13\n\x0fNON_FINITE_SKIP\x10\x02\x12\x14\n\x10NON_FINITE_ERROR\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ONEXISTING']._serialized_start=1819
-  _globals['_ONEXISTING']._serialized_end=1931
-  _globals['_APPLYMODE']._serialized_start=1933
-  _globals['_APPLYMODE']._serialized_end=2042
-  _globals['_REDUCTION']._serialized_start=2044
-  _globals['_REDUCTION']._serialized_end=2121
-  _globals['_ONLOSS']._serialized_start=2123
-  _globals['_ONLOSS']._serialized_end=2194
-  _globals['_NONFINITE']._serialized_start=2196
-  _globals['_NONFINITE']._serialized_end=2300
+  _globals['_ONEXISTING']._serialized_start=2009
+  _globals['_ONEXISTING']._serialized_end=2121
+  _globals['_APPLYMODE']._serialized_start=2123
+  _globals['_APPLYMODE']._serialized_end=2232
+  _globals['_REDUCTION']._serialized_start=2234
+  _globals['_REDUCTION']._serialized_end=2311
+  _globals['_ONLOSS']._serialized_start=2313
+  _globals['_ONLOSS']._serialized_end=2384
+  _globals['_NONFINITE']._serialized_start=2386
+  _globals['_NONFINITE']._serialized_end=2490
   _globals['_WORKERIDENTITY']._serialized_start=87
   _globals['_WORKERIDENTITY']._serialized_end=171
   _globals['_SYNCAGGREGATION']._serialized_start=174
@@ -54,13 +54,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHAREDMEMORY']._serialized_start=611
   _globals['_SHAREDMEMORY']._serialized_end=692
   _globals['_OPENJOB']._serialized_start=695
-  _globals['_OPENJOB']._serialized_end=1212
-  _globals['_CARRIEDSTATE']._serialized_start=1214
-  _globals['_CARRIEDSTATE']._serialized_end=1269
-  _globals['_LAYOUTPAGE']._serialized_start=1272
-  _globals['_LAYOUTPAGE']._serialized_end=1425
-  _globals['_LAYOUTACCEPTED']._serialized_start=1428
-  _globals['_LAYOUTACCEPTED']._serialized_end=1626
-  _globals['_JOBREADY']._serialized_start=1629
-  _globals['_JOBREADY']._serialized_end=1817
+  _globals['_OPENJOB']._serialized_end=1307
+  _globals['_CARRIEDSTATE']._serialized_start=1309
+  _globals['_CARRIEDSTATE']._serialized_end=1364
+  _globals['_LAYOUTPAGE']._serialized_start=1367
+  _globals['_LAYOUTPAGE']._serialized_end=1520
+  _globals['_LAYOUTACCEPTED']._serialized_start=1523
+  _globals['_LAYOUTACCEPTED']._serialized_end=1816
+  _globals['_JOBREADY']._serialized_start=1819
+  _globals['_JOBREADY']._serialized_end=2007
 # @@protoc_insertion_point(module_scope)

@@ -119,7 +119,7 @@ class SharedMemory(_message.Message):
     def __init__(self, name: _Optional[str] = ..., token: _Optional[bytes] = ..., up_bytes: _Optional[int] = ..., down_bytes: _Optional[int] = ...) -> None: ...
 
 class OpenJob(_message.Message):
-    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step", "returns_with_sequence", "follows_rewind", "takes_bundles", "shared_memory")
+    __slots__ = ("job", "worker", "on_existing", "aggregation", "apply", "bucket_bytes", "private", "client_version", "max_grad_norm", "nonfinite", "returns_at_step", "returns_with_sequence", "follows_rewind", "gradients", "parameters", "takes_bundles", "shared_memory")
     JOB_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ON_EXISTING_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,8 @@ class OpenJob(_message.Message):
     RETURNS_AT_STEP_FIELD_NUMBER: _ClassVar[int]
     RETURNS_WITH_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_REWIND_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TAKES_BUNDLES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     job: str
@@ -148,9 +150,11 @@ class OpenJob(_message.Message):
     returns_at_step: int
     returns_with_sequence: int
     follows_rewind: bool
+    gradients: _tensor_pb2.PayloadEncoding
+    parameters: _tensor_pb2.PayloadEncoding
     takes_bundles: bool
     shared_memory: SharedMemory
-    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ..., returns_with_sequence: _Optional[int] = ..., follows_rewind: bool = ..., takes_bundles: bool = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., on_existing: _Optional[_Union[OnExisting, str]] = ..., aggregation: _Optional[_Union[Aggregation, _Mapping]] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., bucket_bytes: _Optional[int] = ..., private: bool = ..., client_version: _Optional[str] = ..., max_grad_norm: _Optional[float] = ..., nonfinite: _Optional[_Union[NonFinite, str]] = ..., returns_at_step: _Optional[int] = ..., returns_with_sequence: _Optional[int] = ..., follows_rewind: bool = ..., gradients: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., parameters: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., takes_bundles: bool = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class CarriedState(_message.Message):
     __slots__ = ("parameter", "carried_from")
@@ -173,13 +177,15 @@ class LayoutPage(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ..., carried: _Optional[_Iterable[_Union[CarriedState, _Mapping]]] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
-    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "takes_bundles", "shared_memory")
+    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "gradients", "parameters", "takes_bundles", "shared_memory")
     SEND_VALUES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUCKET_COUNT_FIELD_NUMBER: _ClassVar[int]
     APPLY_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TAKES_BUNDLES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     send_values: bool
@@ -188,9 +194,11 @@ class LayoutAccepted(_message.Message):
     bucket_count: int
     apply: ApplyMode
     current: bool
+    gradients: _tensor_pb2.PayloadEncoding
+    parameters: _tensor_pb2.PayloadEncoding
     takes_bundles: bool
     shared_memory: bool
-    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., takes_bundles: bool = ..., shared_memory: bool = ...) -> None: ...
+    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., gradients: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., parameters: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., takes_bundles: bool = ..., shared_memory: bool = ...) -> None: ...
 
 class JobReady(_message.Message):
     __slots__ = ("job_step", "next_sequence", "load_count", "layout_count", "rank", "lease_s", "receipt_follows", "held_buckets", "rewound")

@@ -26,7 +26,7 @@ from optimd.v1 import param_group_pb2 as optimd_dot_v1_dot_param__group__pb2
 from optimd.v1 import tensor_pb2 as optimd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoptimd/v1/state_dict.proto\x12\toptimd.v1\x1a\x1boptimd/v1/param_group.proto\x1a\x16optimd/v1/tensor.proto\"Y\n\x0eParameterState\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x01\x12&\n\x07tensors\x18\x03 \x03(\x0e\x32\x15.optimd.v1.TensorKind\"t\n\rStateDictPage\x12+\n\x0cparam_groups\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ParamGroup\x12(\n\x05state\x18\x02 \x03(\x0b\x32\x19.optimd.v1.ParameterState\x12\x0c\n\x04last\x18\x03 \x01(\x08\"]\n\x0bPushedEntry\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x11\n\thas_value\x18\x02 \x01(\x08\x12(\n\x05state\x18\x03 \x01(\x0b\x32\x19.optimd.v1.ParameterState\"5\n\nPushedPage\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.optimd.v1.PushedEntryb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoptimd/v1/state_dict.proto\x12\toptimd.v1\x1a\x1boptimd/v1/param_group.proto\x1a\x16optimd/v1/tensor.proto\"Y\n\x0eParameterState\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x01\x12&\n\x07tensors\x18\x03 \x03(\x0e\x32\x15.optimd.v1.TensorKind\"t\n\rStateDictPage\x12+\n\x0cparam_groups\x18\x01 \x03(\x0b\x32\x15.optimd.v1.ParamGroup\x12(\n\x05state\x18\x02 \x03(\x0b\x32\x19.optimd.v1.ParameterState\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x8e\x01\n\x0bPushedEntry\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x11\n\thas_value\x18\x02 \x01(\x08\x12(\n\x05state\x18\x03 \x01(\x0b\x32\x19.optimd.v1.ParameterState\x12/\n\x0breceived_as\x18\x14 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\"5\n\nPushedPage\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.optimd.v1.PushedEntryb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARAMETERSTATE']._serialized_end=183
   _globals['_STATEDICTPAGE']._serialized_start=185
   _globals['_STATEDICTPAGE']._serialized_end=301
-  _globals['_PUSHEDENTRY']._serialized_start=303
-  _globals['_PUSHEDENTRY']._serialized_end=396
-  _globals['_PUSHEDPAGE']._serialized_start=398
-  _globals['_PUSHEDPAGE']._serialized_end=451
+  _globals['_PUSHEDENTRY']._serialized_start=304
+  _globals['_PUSHEDENTRY']._serialized_end=446
+  _globals['_PUSHEDPAGE']._serialized_start=448
+  _globals['_PUSHEDPAGE']._serialized_end=501
 # @@protoc_insertion_point(module_scope)

@@ -29,14 +29,16 @@ class StateDictPage(_message.Message):
     def __init__(self, param_groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[ParameterState, _Mapping]]] = ..., last: bool = ...) -> None: ...
 
 class PushedEntry(_message.Message):
-    __slots__ = ("parameter", "has_value", "state")
+    __slots__ = ("parameter", "has_value", "state", "received_as")
     PARAMETER_FIELD_NUMBER: _ClassVar[int]
     HAS_VALUE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_AS_FIELD_NUMBER: _ClassVar[int]
     parameter: int
     has_value: bool
     state: ParameterState
-    def __init__(self, parameter: _Optional[int] = ..., has_value: bool = ..., state: _Optional[_Union[ParameterState, _Mapping]] = ...) -> None: ...
+    received_as: _tensor_pb2.PayloadEncoding
+    def __init__(self, parameter: _Optional[int] = ..., has_value: bool = ..., state: _Optional[_Union[ParameterState, _Mapping]] = ..., received_as: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ...) -> None: ...
 
 class PushedPage(_message.Message):
     __slots__ = ("entries",)

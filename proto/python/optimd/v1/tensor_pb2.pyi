@@ -31,6 +31,12 @@ class TensorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TENSOR_KIND_EXP_AVG: _ClassVar[TensorKind]
     TENSOR_KIND_EXP_AVG_SQ: _ClassVar[TensorKind]
     TENSOR_KIND_MAX_EXP_AVG_SQ: _ClassVar[TensorKind]
+
+class PayloadEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PAYLOAD_ENCODING_UNSPECIFIED: _ClassVar[PayloadEncoding]
+    PAYLOAD_ENCODING_BFLOAT16: _ClassVar[PayloadEncoding]
+    PAYLOAD_ENCODING_FLOAT16: _ClassVar[PayloadEncoding]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT64: Dtype
 DTYPE_FLOAT32: Dtype
@@ -50,6 +56,9 @@ TENSOR_KIND_GRADIENT: TensorKind
 TENSOR_KIND_EXP_AVG: TensorKind
 TENSOR_KIND_EXP_AVG_SQ: TensorKind
 TENSOR_KIND_MAX_EXP_AVG_SQ: TensorKind
+PAYLOAD_ENCODING_UNSPECIFIED: PayloadEncoding
+PAYLOAD_ENCODING_BFLOAT16: PayloadEncoding
+PAYLOAD_ENCODING_FLOAT16: PayloadEncoding
 
 class ParameterSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape", "memory_order", "master_dtype")
@@ -98,16 +107,18 @@ class BucketTablePage(_message.Message):
     def __init__(self, buckets: _Optional[_Iterable[_Union[BucketSpec, _Mapping]]] = ..., last: bool = ...) -> None: ...
 
 class TensorBucket(_message.Message):
-    __slots__ = ("bucket_id", "kind", "present", "placement")
+    __slots__ = ("bucket_id", "kind", "present", "encoding", "placement")
     BUCKET_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     bucket_id: int
     kind: TensorKind
     present: bytes
+    encoding: PayloadEncoding
     placement: Placement
-    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ..., encoding: _Optional[_Union[PayloadEncoding, str]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("position", "nbytes")

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from optimd.wire.encodings import Encoded, Part, write_parts
 from optimd.wire.limits import MAX_MESSAGE_BYTES
 
 _PAYLOAD_FIELD: Final = 15
@@ -39,12 +40,12 @@ class Frame(NamedTuple):
     """The payload's bytes: a view of the received message, read-only, of any alignment."""
 
 
-def encode(message: Message, parts: Iterable[memoryview] = ()) -> bytes:
+def encode(message: Message, parts: Iterable[Part] = ()) -> bytes:
     """Serialises `message` with the concatenation of `parts` as its payload.
 
     Args:
         message: A message whose own `payload` field is unset.
-        parts: Contiguous buffers of bytes. They are copied once.
+        parts: Contiguous buffers of bytes, which are copied once, and what is encoded where it is written.
 
     Raises:
         MessageTooLargeError: the result would not stay under `MAX_MESSAGE_BYTES`.
@@ -59,7 +60,14 @@ def encode(message: Message, parts: Iterable[memoryview] = ()) -> bytes:
         )
     if not length:
         return header
-    return b"".join((header, bytes((_PAYLOAD_TAG,)), varint(length), *pieces))
+    header = b"".join((header, bytes((_PAYLOAD_TAG,)), varint(length)))
+    buffers = [piece for piece in pieces if not isinstance(piece, Encoded)]
+    if len(buffers) == len(pieces):
+        return b"".join((header, *buffers))
+    # gRPC sends nothing but bytes. These are nobody's yet: they are filled in before they are handed out.
+    data = bytes(len(header) + length)
+    write_parts((memoryview(header), *pieces), memoryview(data))
+    return data
 
 
 def decode(message_type: type[M], data: bytes) -> tuple[M, Frame]:

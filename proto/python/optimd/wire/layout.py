@@ -4,7 +4,8 @@ A bucket is a list of (parameter, offset, length) slices of one group and one dt
 update. The cut is the server's to make; its table travels to the workers, which need not know how it was made.
 
 A parameter may have a master dtype: a wider one in which the server keeps its value and its state, and in which its
-state travels. Values and gradients travel in the worker's own dtype.
+state travels. Values and gradients travel in the worker's own dtype; in the course of steps they may be narrowed (see
+`encodings`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from optimd.v1 import tensor_pb2
 from optimd.wire.dtypes import decode_dtype, encode_dtype
+from optimd.wire.encodings import EXACT, Encoding
 from optimd.wire.kinds import GRADIENT, PARAMETER
 from optimd.wire.limits import MAX_BUCKET_SLICES, MAX_NAME_BYTES, MAX_PARAMETER_DIMS, SLICE_ALIGNMENT
 
@@ -103,10 +105,13 @@ class Bucket:
         """What its parameters' tensors `kind` travel in, as `Parameter.dtype_of`."""
         return self.dtype if kind in _IN_OWN_DTYPE else self.server_dtype
 
-    def payload_bytes(self, kind: str, present: Sequence[bool]) -> int:
-        """The size of the payload that carries the tensors `kind` of its present slices."""
-        elements = sum(piece.length for piece, here in zip(self.slices, present, strict=True) if here)
-        return elements * self.dtype_of(kind).itemsize
+    def payload_bytes(self, kind: str, present: Sequence[bool], encoding: Encoding = EXACT) -> int:
+        """The size of the payload that carries the tensors `kind` of its present slices in an encoding."""
+        dtype = self.dtype_of(kind)
+        lengths = (piece.length for piece, here in zip(self.slices, present, strict=True) if here)
+        if encoding.is_elementwise:
+            return encoding.payload_bytes(sum(lengths), dtype)
+        return sum(encoding.payload_bytes(length, dtype) for length in lengths if length)
 
 
 def is_master_of(master_dtype: torch.dtype, dtype: torch.dtype) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from optimd.v1 import tensor_pb2
 from optimd.wire.codec import Frame
+from optimd.wire.encodings import Part
 from optimd.wire.rings import RingReader, RingWriter
 
 
 def place(
-    header: tensor_pb2.TensorBucket, parts: Iterable[memoryview], nbytes: int, ring: RingWriter | None
-) -> Iterable[memoryview]:
+    header: tensor_pb2.TensorBucket, parts: Iterable[Part], nbytes: int, ring: RingWriter | None
+) -> Iterable[Part]:
     """Places a payload in shared memory, where there is any and it has room, and says so in `header`.
 
     Args:

@@ -16,9 +16,7 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-import torch
-
-from optimd.wire.tensors import copy_flat, tensor_over
+from optimd.wire.encodings import Part, write_parts
 
 ALIGNMENT: Final = 64
 """Payloads begin at multiples of this: a cache line."""
@@ -44,7 +42,7 @@ class RingWriter:
     """
 
     def __init__(self, memory: memoryview, done: memoryview) -> None:
-        self._bytes = tensor_over(memory, torch.uint8)
+        self._memory = memory
         self._done = done
         self._size = memory.nbytes
         self._written = 0
@@ -53,11 +51,11 @@ class RingWriter:
         self.unannounced = 0
         """How many bytes have been written since the reader was last told."""
 
-    def place(self, parts: Iterable[memoryview], nbytes: int) -> int | None:
+    def place(self, parts: Iterable[Part], nbytes: int) -> int | None:
         """Writes a payload, where there is room for it or soon is. May wait, for `PATIENCE_S` at most.
 
         Args:
-            parts: Its bytes.
+            parts: Its parts.
             nbytes: How many they are.
 
         Returns:
@@ -71,10 +69,7 @@ class RingWriter:
             position, offset = position + self._size - offset, 0
         if not self._await_room(position + nbytes):
             return None
-        for part in parts:
-            # Not by the views themselves, which would hold up the interpreter's other threads.
-            copy_flat(self._bytes[offset : offset + part.nbytes], tensor_over(part, torch.uint8))
-            offset += part.nbytes
+        write_parts(parts, self._memory[offset : offset + nbytes])
         self._written = position + nbytes
         self.unannounced += nbytes
         return position
