@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, ProxyOptions
-from tests.support import running_server
+from optimd.client import Adam, Async, ProxyOptions, Sync
+from tests.support import in_threads, running_server
 
 
 @pytest.mark.gpu
@@ -59,3 +59,68 @@ def test_a_server_on_a_gpu_clips_masters_with_the_bits_of_torch_on_a_gpu() -> No
             assert remote.last_receipt is not None
             assert remote.last_receipt.grad_norm == norm.item()
         assert all(torch.equal(mine, other.bfloat16().cpu()) for mine, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="streaming"),
+        pytest.param({"apply": "atomic"}, id="atomic"),
+        pytest.param({"aggregation": Async()}, id="async"),
+        pytest.param({"aggregation": Sync(deterministic=True)}, id="deterministic"),
+        pytest.param({"wire_dtype": torch.bfloat16}, id="bfloat16 on the wire"),
+    ],
+)
+def test_copies_both_ways_and_updates_at_once_have_the_bits_of_torch_on_a_gpu(
+    transport: Any, more: dict[str, Any]
+) -> None:
+    """Many buckets of many sizes, so that each buffer is used again and again while the device is busy."""
+    sizes = (700_000, 3, 120_000, 64, 64, 65_000, 1_000_000, 5)
+    ours = [nn.Parameter(torch.randn(size)) for size in sizes]
+    theirs = [nn.Parameter(p.detach().cuda()) for p in ours]
+    asked = ProxyOptions(bucket_bytes=256 * 1024, transport=transport, **more)
+    narrowed = more.get("wire_dtype", torch.float32)
+    with (
+        running_server(device="cuda:0") as server,
+        Adam(ours, lr=0.1, fused=True, server=server.address, options=asked) as remote,
+    ):
+        local = torch.optim.Adam(theirs, lr=0.1, fused=True)
+        for step in range(15):
+            generator = torch.Generator().manual_seed(step)
+            for mine, other in zip(ours, theirs, strict=True):
+                mine.grad = torch.randn(mine.shape, generator=generator)
+                other.grad = mine.grad.to(narrowed).float().cuda()
+            remote.step()
+            local.step()
+            for mine, other in zip(ours, theirs, strict=True):
+                assert torch.equal(mine, other.to(narrowed).float().cpu()), step
+
+
+@pytest.mark.gpu
+def test_workers_of_a_server_on_a_gpu_have_equal_parameters_after_each_step() -> None:
+    """Three of them, whose values are read while others wait for theirs."""
+    size, workers = 1_500_000, 3
+
+    def train(rank: int) -> torch.Tensor:
+        p = nn.Parameter(torch.zeros(size))
+        asked = ProxyOptions(rank=rank, world_size=workers, aggregation=Sync(deterministic=True))
+        with Adam([p], lr=0.1, fused=True, server=server.address, job="b", options=asked) as optimizer:
+            for step in range(10):
+                p.grad = torch.randn(size, generator=torch.Generator().manual_seed(10 * step + rank))
+                optimizer.step()
+        return p.detach()
+
+    with running_server(device="cuda:0") as server:
+        first, *others = in_threads(train, workers)
+    assert all(torch.equal(first, other) for other in others)
+    twin = nn.Parameter(torch.zeros(size).cuda())
+    local = torch.optim.Adam([twin], lr=0.1, fused=True)
+    for step in range(10):
+        grads = [
+            torch.randn(size, generator=torch.Generator().manual_seed(10 * step + rank)) for rank in range(workers)
+        ]
+        twin.grad = (grads[0].cuda() + grads[1].cuda() + grads[2].cuda()).div_(workers)
+        local.step()
+    assert torch.equal(first, twin.cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,8 +13,8 @@ from optimd.server.parts import JobParts
 from optimd.server.pushing import OpenPush, Pushing
 from optimd.server.receipts import Outcome, Receipt
 from optimd.server.stepping import Round
+from optimd.server.transfers import Transfers
 from optimd.wire.encodings import EXACT, Encoding, Part, payload_of
-from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket
 
 _MOST_PASSES: Final = 3
@@ -166,26 +167,46 @@ class Pulling:
                 catch_up.queue = unseen[::-1]
             return catch_up.queue.pop()
 
-    def read(
-        self, member: Member, bucket: Bucket, present: list[bool], *, unmoved: bool, encoding: Encoding = EXACT
-    ) -> list[Part]:
+    def begin_read(
+        self,
+        member: Member,
+        bucket: Bucket,
+        present: list[bool],
+        transfers: Transfers,
+        *,
+        unmoved: bool,
+        encoding: Encoding = EXACT,
+    ) -> Callable[[], Sequence[Part]]:
         """The values of a bucket's present slices, for a worker that is sent them now. Views or copies of them.
 
         Args:
             member: The worker.
             bucket: The bucket.
             present: Which of its slices are wanted.
+            transfers: What brings them from the device, of the calling thread.
             unmoved: Whether they belong to a step that the worker has a part in, and that cannot change under it.
             encoding: What they go out in: one that takes the bucket's dtype.
+
+        Returns:
+            Gives them; waits where they are on their way from a GPU. To be called in the order of these calls.
+
+        Raises:
+            RequestError: what `Company.check_alive` raises.
         """
         if unmoved and self._stands_still:
-            return self._job.content.store.parts(PARAMETER, bucket, present, encoding)
+            return self._job.content.store.begin_read(bucket, present, encoding, transfers)
         with self._changed:
             self._job.company.check_alive(member)
             self.see_locked(member, bucket.bucket_id)
+            store = self._job.content.store
+            finish = store.begin_read(bucket, present, encoding, transfers)
+            if store.device.type != "cpu":
+                # What is copied from there is copied as it is now.
+                return finish
             # Copies: what is sent is read without the lock.
-            views = self._job.content.store.parts(PARAMETER, bucket, present, encoding)
-            return [memoryview(payload_of(views))] if views else []
+            views = finish()
+            copied = [memoryview(payload_of(views))] if views else []
+            return lambda: copied
 
     def confirm(self, member: Member) -> None:
         """A worker has gone on: it has all that it has been sent."""

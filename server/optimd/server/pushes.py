@@ -115,8 +115,7 @@ def _serve_begun(
         return
     catch_up = job.pulling.catch_up_of(push)
     if catch_up is not None:
-        for message in unseen_values(outgoing, job, push.member, catch_up, outgoing.encoding):
-            yield from outgoing.put(message)
+        yield from unseen_values(outgoing, job, push.member, catch_up, outgoing.encoding)
     receipt = job.pulling.settle(push, catch_up)
     job.journal.await_durable()
     wants_buffers = job.buffers.is_asked(push.member)
@@ -142,8 +141,10 @@ def _applied_values(
     for bucket_id, present in applied:
         bucket = push.store.buckets[bucket_id]
         encoding = outgoing.encoding.of(bucket.dtype)
-        parts = job.pulling.read(push.member, bucket, present, unmoved=True, encoding=encoding)
-        yield from outgoing.put(outgoing.values(bucket, present, parts, encoding))
+        finish = job.pulling.begin_read(
+            push.member, bucket, present, outgoing.transfers, unmoved=True, encoding=encoding
+        )
+        yield from outgoing.put_values(bucket, present, finish, encoding)
 
 
 def unseen_values(
@@ -154,8 +155,8 @@ def unseen_values(
         bucket = job.store.buckets[bucket_id]
         present = [True] * len(bucket.slices)
         encoding = asked.of(bucket.dtype)
-        parts = job.pulling.read(member, bucket, present, unmoved=False, encoding=encoding)
-        yield outgoing.values(bucket, present, parts, encoding)
+        finish = job.pulling.begin_read(member, bucket, present, outgoing.transfers, unmoved=False, encoding=encoding)
+        yield from outgoing.put_values(bucket, present, finish, encoding)
 
 
 def serve_accumulate(incoming: Incoming, job: Job, member: Member, message: training_pb2.Accumulate) -> Iterator[bytes]:

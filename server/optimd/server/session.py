@@ -74,7 +74,7 @@ class TrainSession:
         self._registry = registry
         self._shares_memory = shares_memory
         self._incoming = Incoming(requests, self._hear)
-        self._outgoing = Outgoing()
+        self._outgoing = Outgoing(registry.device)
         self._is_active = is_active
         self._cancel = cancel
         self._job: Job | None = None
@@ -321,13 +321,15 @@ class TrainSession:
             yield encode(training_pb2.TrainResponse(layout=layout))
         for bucket in buckets:
             present = [True] * len(bucket.slices)
-            yield self._outgoing.values(bucket, present, job.pulling.read(member, bucket, present, unmoved=False))
+            finish = job.pulling.begin_read(member, bucket, present, self._outgoing.transfers, unmoved=False)
+            yield from self._outgoing.put_values(bucket, present, finish)
         step = job.step
         if joins:
             # What has changed meanwhile, as it does where the job does not wait for this worker.
             catch_up = CatchUp()
             yield from unseen_values(self._outgoing, job, member, catch_up)
             step = catch_up.step
+        yield from self._outgoing.flush()
         yield from self._ready(job, member, step=step, tells=tells)
 
     def _accepted(self, job: Job, *, creates: bool, resumed: bool, count: int) -> job_pb2.LayoutAccepted:

@@ -8,13 +8,14 @@ its master weights, which are rounded where they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
 from optimd.server import update
+from optimd.server.transfers import Transfers
 from optimd.wire.encodings import EXACT, Encoding, Part, part_of
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, Parameter, Slice
@@ -133,6 +134,32 @@ class Store:
         """
         dtype = bucket.dtype_of(kind)
         return [part_of(part, encoding, dtype) for part in self._chosen(kind, bucket, present)]
+
+    def begin_read(
+        self, bucket: Bucket, present: Sequence[bool], encoding: Encoding, transfers: Transfers
+    ) -> Callable[[], Sequence[Part]]:
+        """Begins to read the values of a bucket's present slices. On a device, reads them as they are now, all at once.
+
+        Args:
+            bucket: As in `read`.
+            present: As in `read`.
+            encoding: As in `parts`.
+            transfers: What brings them from the device.
+
+        Returns:
+            Waits for them, and gives what `parts` gives: to be used up before more than two other reads are begun.
+        """
+        if self.device.type == "cpu":
+            parts = self.parts(PARAMETER, bucket, present, encoding)
+            return lambda: parts
+        dtype = bucket.dtype_of(PARAMETER)
+        chosen = list(self._chosen(PARAMETER, bucket, present))
+        if not chosen:
+            return list
+        lengths = [len(piece) for piece in chosen]
+        # Copied there first, which is quick: what is updated next need not wait until it is here.
+        finish = transfers.to_host(torch.cat([piece.to(dtype) for piece in chosen]))
+        return lambda: [part_of(piece, encoding, dtype) for piece in torch.split(finish(), lengths)]
 
     def _chosen(self, kind: str, bucket: Bucket, present: Sequence[bool]) -> Iterator[torch.Tensor]:
         for piece, here in zip(bucket.slices, present, strict=True):

@@ -1,18 +1,21 @@
 """Copies between host and device that go on while something else is done.
 
-On a CUDA device they go through page-locked buffers, which the device reads and writes by itself, on the current
-stream: what is computed there afterwards sees them. On the CPU nothing is copied.
+On a CUDA device they go through page-locked buffers, which the device reads and writes by itself, and on two streams of
+their own, one for each direction: so what comes in, what is computed and what goes out are under way at once, and
+events, not the host, make the one wait for the other. What is computed is on the current stream. On the CPU nothing is
+copied.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final
 
 import torch
 
 _SLOTS: Final = 4
-"""How many copies may be under way. Each holds a page-locked buffer as large as the largest that it has had."""
+"""How many copies of each direction may be under way. Each holds a page-locked buffer as large as its largest copy."""
 
 
 class Transfers:
@@ -25,9 +28,7 @@ class Transfers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cuda = device.type == "cuda"
-        self._buffers: list[torch.Tensor] = []
-        self._events: list[torch.cuda.Event] = []
-        self._next = 0
+        self._up, self._down = _Buffers(), _Buffers()
 
     def to_device(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat CPU tensor on the device: complete for what the current stream does from now on. Does not wait.
@@ -36,24 +37,34 @@ class Transfers:
         """
         if not self._is_cuda or not flat.numel():
             return flat.to(self._device)
-        slot, pinned = self._slot(flat)
+        stream, _ = _streams(self._device)
+        pinned, event = self._up.next(flat)
         pinned.copy_(flat)
-        there = pinned.to(self._device, non_blocking=True)
-        self._events[slot].record()
+        with torch.cuda.stream(stream):
+            there = pinned.to(self._device, non_blocking=True)
+            event.record(stream)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(event)
+        # The memory is the copying stream's: not to be used again while the other one reads it.
+        there.record_stream(computing)
         return there
 
     def to_host(self, flat: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins to copy a flat tensor of the device to the host. Does not wait.
+        """Begins to copy a flat tensor of the device to the host, as the current stream leaves it. Does not wait.
 
         Returns:
             Waits, and gives the copy: to be read before `_SLOTS - 1` other copies are begun, and not to be written to.
+            Until it has been called the tensor must not be written to.
         """
         if not self._is_cuda or not flat.numel():
             return flat.cpu
-        slot, pinned = self._slot(flat)
-        pinned.copy_(flat, non_blocking=True)
-        event = self._events[slot]
-        event.record()
+        _, stream = _streams(self._device)
+        pinned, event = self._down.next(flat)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            pinned.copy_(flat, non_blocking=True)
+            event.record(stream)
+        flat.record_stream(stream)
 
         def finish() -> torch.Tensor:
             event.synchronize()
@@ -61,15 +72,36 @@ class Transfers:
 
         return finish
 
-    def _slot(self, flat: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """A buffer of the tensor's type and length that no copy is using any more."""
-        if len(self._buffers) < _SLOTS:
-            self._buffers.append(torch.empty(0, dtype=torch.uint8, pin_memory=True))
-            self._events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]  # torch's
-        slot = self._next % len(self._buffers) if len(self._buffers) == _SLOTS else len(self._buffers) - 1
-        self._next = slot + 1
-        self._events[slot].synchronize()
+
+class _Buffers:
+    """Page-locked buffers, used in turn."""
+
+    def __init__(self) -> None:
+        self._slots: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._next = 0
+
+    def next(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """A buffer of a tensor's type and length that no copy is using any more, and the event that will say so."""
         nbytes = flat.numel() * flat.element_size()
-        if self._buffers[slot].numel() < nbytes:
-            self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return slot, self._buffers[slot][:nbytes].view(flat.dtype)
+        if len(self._slots) < _SLOTS:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            self._slots.append((_pinned(nbytes), event))
+            buffer = self._slots[-1][0]
+        else:
+            buffer, event = self._slots[self._next]
+            event.synchronize()
+            if buffer.numel() < nbytes:
+                buffer = _pinned(nbytes)
+                self._slots[self._next] = buffer, event
+            self._next = (self._next + 1) % _SLOTS
+        return buffer[:nbytes].view(flat.dtype), event
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+@functools.lru_cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The streams of a device that copy to it and from it: one of each for the whole process."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
