@@ -100,6 +100,25 @@ def test_a_server_answers_what_it_knows(server: Server) -> None:
         assert opened(worker, job="c", gradients=99, parameters=BFLOAT16) == (0, BFLOAT16)
 
 
+@pytest.mark.parametrize(
+    ("wire", "asked", "bucket_bytes"),
+    [
+        (None, None, 1 << 20),
+        (torch.bfloat16, None, 2 << 20),
+        (WireDtypes(gradients=torch.float16, parameters=torch.bfloat16), None, 2 << 20),
+        (WireDtypes(gradients=torch.bfloat16), None, 1 << 20),
+        (torch.bfloat16, 5000, 5000),
+    ],
+)
+def test_buckets_have_twice_the_elements_where_both_ways_are_narrowed(
+    server: Server, wire: Any, asked: int | None, bucket_bytes: int
+) -> None:
+    """So messages are as long as ever. Who asks for a size gets it."""
+    options = ProxyOptions(wire_dtype=wire, bucket_bytes=asked)
+    with Adam([nn.Parameter(torch.zeros(3))], server=server.address, job="j", options=options):
+        assert server.registry.get("j").settings.bucket_bytes == bucket_bytes
+
+
 # --- what messages say
 
 

@@ -189,7 +189,8 @@ class ProxyOptions:
     can be called again. The last two apply steps atomically. All workers of a job give the same."""
 
     bucket_bytes: int | None = None
-    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 1 MiB."""
+    """The largest payload of a message, in bytes of the widest dtype that it may have, from 1 KiB to 3 MiB. None: the
+    server's choice, 1 MiB; 2 MiB where `wire_dtype` narrows both ways. The worker that creates the job decides."""
 
     retry_timeout_s: float = 60.0
     """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks. A server
