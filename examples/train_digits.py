@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 2 examples/train_digits.py             # two workers: each step is their mean
     torchrun --nproc-per-node 3 examples/train_digits.py --mode async      # nobody waits for anybody
     torchrun --nproc-per-node 3 examples/train_digits.py --mode bounded    # at most two steps ahead of the slowest
+    python examples/train_digits.py --server gpu-host:50551 --wire-dtype bfloat16      # half the bytes on the line
 
 Needs scikit-learn for its bundled data set. Restarted with the same --job against a server that still holds it, the
 script goes on where the job stands; so does a worker that torchrun starts again (--max-restarts).
@@ -21,6 +22,8 @@ from torch import nn
 from optimd.client import Adam, Async, ProxyOptions, Sync
 
 BATCH = 64  # images a step: shared by the workers of a synchronous one, an asynchronous one is a single worker's
+
+WIRE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MODES: dict[str, Sync | Async] = {"sync": Sync(), "async": Async(), "bounded": Async(max_staleness=2)}
 
@@ -53,6 +56,9 @@ def main():
     parser.add_argument("--server", help="host:port or unix:///path (default: start one)")
     parser.add_argument("--job", help="the name of the training job, to be found again")
     parser.add_argument("--mode", choices=MODES, default="sync", help="how the workers' steps are put together")
+    parser.add_argument(
+        "--wire-dtype", choices=WIRE_DTYPES, help="what gradients and weights are rounded to on the line"
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--save", metavar="PATH", help="where to save the trained weights")
     args = parser.parse_args()
@@ -65,7 +71,7 @@ def main():
 
     torch.manual_seed(0)
     model = build_model()
-    options = ProxyOptions(aggregation=MODES[args.mode])
+    options = ProxyOptions(aggregation=MODES[args.mode], wire_dtype=WIRE_DTYPES.get(args.wire_dtype))
     with Adam(model.parameters(), lr=3e-3, server=args.server, job=args.job, options=options) as optimizer:
         # By the job's clock: a worker that joins or comes back later takes the schedule up where the others are.
         scheduler = torch.optim.lr_scheduler.LambdaLR(

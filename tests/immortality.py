@@ -23,7 +23,7 @@ SIZES: Final = (40_000, 17, 25_000, 1, 8_000)
 BUCKET_BYTES: Final = 8192
 LR: Final = 0.01
 
-MODES: Final = ("streaming", "atomic", "bf16-loop", "two-deterministic")
+MODES: Final = ("streaming", "atomic", "bf16-loop", "two-deterministic", "streaming-narrow", "two-narrow")
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -52,21 +52,23 @@ def run(optimizer: Adam, params: list[nn.Parameter], rank: int, steps: int, dtyp
         if sequence % 13 == 5:
             # A write between two steps, as by somebody who clips weights.
             with torch.no_grad():
-                params[1].mul_(0.5)
+                params[1].fill_(0.1)
         optimizer.step()
         receipt = optimizer.last_receipt
         assert receipt is not None
         assert (receipt.sequence, receipt.step) == (sequence, sequence + 1)
 
 
-def undisturbed(world_size: int, steps: int, dtype: torch.dtype, **options: Any) -> tuple[list[nn.Parameter], Any]:
-    """What torch alone comes to."""
+def undisturbed(
+    world_size: int, steps: int, dtype: torch.dtype, wire: torch.dtype, **options: Any
+) -> tuple[list[nn.Parameter], Any]:
+    """What torch alone comes to, with gradients that are rounded to what they travel in."""
     params = parameters(dtype)
     optimizer = torch.optim.Adam(params, lr=LR, **options)
     for sequence in range(steps):
         drawn = [gradients(rank, sequence, dtype) for rank in range(world_size)]
         for index, param in enumerate(params):
-            parts = [grads[index] for grads in drawn]
+            parts = [None if (grad := grads[index]) is None else grad.to(wire).to(dtype) for grads in drawn]
             total: torch.Tensor | None = None
             for part in parts:
                 if part is not None:
@@ -75,7 +77,7 @@ def undisturbed(world_size: int, steps: int, dtype: torch.dtype, **options: Any)
         optimizer.param_groups[0]["lr"] = rate(sequence)
         if sequence % 13 == 5:
             with torch.no_grad():
-                params[1].mul_(0.5)
+                params[1].fill_(0.1)
         optimizer.step()
     return params, optimizer
 
@@ -85,6 +87,7 @@ def train_through_deaths(mode: str, folder: Path, *, steps: int, kills: int, see
     print(f"mode {mode}, seed {seed}")
     world_size = 2 if mode.startswith("two") else 1
     dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
+    wire = torch.bfloat16 if mode.endswith("narrow") else None
     kernel: dict[str, Any] = {"fused": False, "foreach": False} if mode.endswith("loop") else {"fused": True}
     aggregation = Sync(world_size=world_size, deterministic=world_size > 1, timeout_s=60)
     server = MortalServer(folder / "data", "--fsync=never", "--snapshot-steps=7", "--journal-max-bytes=3000000")
@@ -98,8 +101,9 @@ def train_through_deaths(mode: str, folder: Path, *, steps: int, kills: int, see
             world_size=world_size,
             worker_id=f"worker-{rank}",
             aggregation=aggregation,
-            apply="streaming" if mode == "streaming" else "atomic",
+            apply="streaming" if mode.startswith("streaming") else "atomic",
             bucket_bytes=BUCKET_BYTES,
+            wire_dtype=wire,
         )
         with Adam(params, lr=LR, server=server.address, job="immortal", options=options, **kernel) as optimizer:
             for step in range(1, steps + 1):
@@ -113,10 +117,10 @@ def train_through_deaths(mode: str, folder: Path, *, steps: int, kills: int, see
         haunt(server, lambda: made[0], steps=steps, kills=kills, seed=seed)
         for worker in workers:
             worker.result(timeout=300)
-    expected, optimizer = undisturbed(world_size, steps, dtype, **kernel)
+    expected, optimizer = undisturbed(world_size, steps, dtype, wire or dtype, **kernel)
     params, state = results[0]
     for index, (mine, other) in enumerate(zip(params, expected, strict=True)):
-        assert torch.equal(mine, other), f"parameter {index}"
+        assert torch.equal(mine, other.detach().to(wire or dtype).to(dtype)), f"parameter {index}"
 
     class Loaded:
         def state_dict(self) -> Any:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,12 +39,13 @@ class Play:
         lives: The server.
         folder: Where copies of the data dir go.
         apply: How steps are applied.
+        wire: What gradients and parameters are narrowed to on their way.
     """
 
-    def __init__(self, lives: Lives, folder: Path, apply: str) -> None:
+    def __init__(self, lives: Lives, folder: Path, apply: str, wire: torch.dtype | None) -> None:
         self._lives = lives
         self._folder = folder
-        options = ProxyOptions(bucket_bytes=1024, apply=apply)
+        options = ProxyOptions(bucket_bytes=1024, apply=apply, wire_dtype=wire)
         self.mirror = Mirror(lives.address, options=options)
         self._copies: list[tuple[Path, list[Point]]] = []
 
@@ -107,11 +109,13 @@ class Play:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     apply=st.sampled_from(("streaming", "atomic")),
+    wire=st.sampled_from((None, torch.bfloat16)),
     segment_bytes=st.sampled_from((700, 5000, 1 << 20)),
     acts=st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 1000), st.integers(1, 6)), min_size=4, max_size=14),
 )
 def test_each_server_that_is_started_on_a_jobs_disk_has_what_torch_has(
     apply: str,
+    wire: torch.dtype | None,
     segment_bytes: int,
     acts: list[tuple[str, int, int]],
     tmp_path_factory: pytest.TempPathFactory,
@@ -120,7 +124,7 @@ def test_each_server_that_is_started_on_a_jobs_disk_has_what_torch_has(
     folder = tmp_path_factory.mktemp("play")
     (folder / "copies").mkdir()
     with Lives(folder, fsync="never", journal_segment_bytes=segment_bytes) as lives:
-        play = Play(lives, folder / "copies", apply)
+        play = Play(lives, folder / "copies", apply, wire)
         try:
             pending: tuple[str, int] | None = None
             for act, seed, calls in acts:

@@ -119,6 +119,7 @@ def place(
             )
         name = _GROUP_JOB
     group = environment.host_group if count > 1 else None
+    encodings = _encodings(options.wire_dtype)
     worker_id = options.worker_id or _default_worker_id(options, environment, rank)
     return Placement(
         world_size=world_size,
@@ -133,11 +134,11 @@ def place(
             on_existing=ON_EXISTING[options.on_existing],
             aggregation=aggregation,
             apply=APPLY[options.apply],
-            bucket_bytes=options.bucket_bytes or 0,
+            bucket_bytes=options.bucket_bytes or encodings.bucket_bytes,
             max_grad_norm=options.max_grad_norm,
             nonfinite=NONFINITE[options.nonfinite],
             follows_rewind=options.on_rewind == "follow",
-            encodings=_encodings(options.wire_dtype),
+            encodings=encodings,
         ),
     )
 

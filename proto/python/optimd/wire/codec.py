@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from optimd.wire.encodings import Encoded, Part, write_parts
+from optimd.wire.encodings import Encoded, Part, bytes_from
 from optimd.wire.limits import MAX_MESSAGE_BYTES
 
 _PAYLOAD_FIELD: Final = 15
@@ -64,10 +64,7 @@ def encode(message: Message, parts: Iterable[Part] = ()) -> bytes:
     buffers = [piece for piece in pieces if not isinstance(piece, Encoded)]
     if len(buffers) == len(pieces):
         return b"".join((header, *buffers))
-    # gRPC sends nothing but bytes. These are nobody's yet: they are filled in before they are handed out.
-    data = bytes(len(header) + length)
-    write_parts((memoryview(header), *pieces), memoryview(data))
-    return data
+    return bytes_from((memoryview(header), *pieces))
 
 
 def decode(message_type: type[M], data: bytes) -> tuple[M, Frame]:

@@ -7,6 +7,7 @@ one without elements takes no room. Another encoding is another subclass of `Enc
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,13 @@ def part_of(flat: torch.Tensor, encoding: Encoding, dtype: torch.dtype) -> Part:
     return bytes_of(flat.to(dtype).cpu()) if encoding.is_exact else Encoded(encoding, flat, dtype)
 
 
+# How C makes an object of bytes: without content, to be filled in before anybody else sees it. `bytes(n)` would write
+# zeros first, and hold the interpreter's lock meanwhile.
+_new_bytes: Final = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
+
+
 def write_parts(parts: Iterable[Part], into: memoryview) -> None:
     """Writes a payload, each byte once, without holding the interpreter's lock for long.
 
@@ -220,10 +228,14 @@ def payload_of(parts: Sequence[Part]) -> bytes:
     """A payload by itself: what it shows does not change any more."""
     if len(parts) == 1 and not isinstance(parts[0], Encoded):
         return bytes(parts[0])
-    # Nobody's yet: they are filled in before they are handed out.
-    payload = bytes(sum(part.nbytes for part in parts))
-    write_parts(parts, memoryview(payload))
-    return payload
+    return bytes_from(parts)
+
+
+def bytes_from(parts: Sequence[Part]) -> bytes:
+    """The concatenation of parts, each byte written once."""
+    data: bytes = _new_bytes(None, sum(part.nbytes for part in parts))
+    write_parts(parts, memoryview(data))
+    return data
 
 
 def decode_slices(
