@@ -6,7 +6,7 @@
 #   make soak         kill servers and workers for a quarter of an hour, and compare every bit with undisturbed runs
 #   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
 #   make proto        regenerate the code under proto/python/optimd/v1
-#   make bench        step times against a local optimizer, memory of both sides, and what keeping jobs on disk costs
+#   make bench        step times beside those of optimd's peers, a slow line, memory, and what keeping jobs on disk costs
 #   make clean        remove what the targets above made
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ help:
 # pip rather than uv: the constraints pin torch's CPU build where the index offers one.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,demo,bench,dev]'
 	@touch $@
 
 demo: $(VENV)/.installed

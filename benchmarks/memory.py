@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks.peers import LOCAL
 from benchmarks.processes import (
     finish,
     optimd_server,
@@ -29,15 +29,25 @@ _SERVER_TENSORS: Final = 12  # the parameter and two moments
 _SERVER_SUM: Final = 4  # the sum of several workers' gradients
 _LOCAL_TENSORS: Final = 16  # all of the above in one process
 
-SERVER_MARK: Final = 13
-"""The server's mark in bytes a parameter, for one worker."""
-WORKER_MARK: Final = 8
-"""The worker's mark in bytes a parameter."""
-ALLOWANCE_BYTES: Final = 100 * MB
-"""What both marks allow beside what grows with the model: messages under way, code, bookkeeping."""
 
-FULL: Final = "decoder-100m"
-QUICK: Final = "decoder-10m"
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who trains what."""
+
+    model: str
+    workers: int
+    transport: str
+    """As `ProxyOptions.transport` says."""
+
+
+FULL: Final = (
+    Crew("resnet50-26m", 1, "grpc"),
+    Crew("resnet50-26m", 1, "shm"),
+    Crew("resnet50-26m", 4, "grpc"),
+    Crew("resnet50-26m", 4, "shm"),
+    Crew("decoder-100m", 1, "grpc"),
+)
+QUICK: Final = (Crew("decoder-10m", 1, "grpc"), Crew("decoder-10m", 1, "shm"))
 STEPS: Final = 4
 _TIMEOUT_S: Final = 300.0
 
@@ -51,13 +61,6 @@ class Peak:
     parameters: int
     tensor_bytes: int
     """What its tensors take."""
-    mark_bytes: int | None
-    """What it should stay under; None where nothing is asked of it."""
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether it stays under the mark; None where there is none."""
-        return None if self.mark_bytes is None else self.bytes < self.mark_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +70,25 @@ class MemoryUse:
     model: str
     parameters: int
     workers: int
+    transport: str
     steps: int
     baseline_bytes: int
     """The peak of a process that has imported torch and grpc and does nothing."""
-    peaks: list[Peak]
+    server: Peak
+    workers_peaks: list[Peak]
+    local: Peak | None
+    """A process with torch's own Adam, where one worker was measured."""
+
+    @property
+    def peaks(self) -> list[Peak]:
+        """All of them."""
+        return [self.server, *self.workers_peaks, *([] if self.local is None else [self.local])]
 
 
-def measure(model: str, workers: int) -> MemoryUse:
-    """Trains `model` with `workers` synchronous workers for `STEPS` steps; with one, with torch's own Adam too. Blocks.
+def measure(crew: Crew) -> MemoryUse:
+    """Trains with synchronous workers for `STEPS` steps over a Unix socket. Blocks.
 
-    Args:
-        model: One of `models.NAMES`.
-        workers: How many; with several, the server holds a sum of gradients besides and has no mark.
+    One alone is compared with torch's own Adam.
 
     Raises:
         subprocess.SubprocessError: a process failed; what it said is on stderr.
@@ -91,48 +101,43 @@ def measure(model: str, workers: int) -> MemoryUse:
         optimd_server(unix_address(Path(folder), "optimd")) as server,
     ):
         reset_peak(server.pid)
-        reports = _run_workers(server.addresses[0], model, workers)
+        reports = _run_workers(server.addresses[0], crew)
         server_bytes = peak_bytes(server.pid)
     count = reports[0]["parameters"]
 
-    def peak(role: str, bytes_taken: int, tensors: int, mark: int | None) -> Peak:
-        return Peak(
-            role=role,
-            bytes=bytes_taken - baseline,
-            parameters=count,
-            tensor_bytes=tensors * count,
-            mark_bytes=None if mark is None else mark * count + ALLOWANCE_BYTES,
-        )
+    def peak(role: str, bytes_taken: int, tensors: int) -> Peak:
+        return Peak(role=role, bytes=bytes_taken - baseline, parameters=count, tensor_bytes=tensors * count)
 
-    if workers == 1:
-        local = json.loads(run_program("-m", "benchmarks.worker", *_arguments(model), timeout_s=_TIMEOUT_S))
-        peaks = [
-            peak("server", server_bytes, _SERVER_TENSORS, SERVER_MARK),
-            peak("worker", reports[0]["peak_bytes"], _WORKER_TENSORS, WORKER_MARK),
-            peak("torch.optim.Adam, no server", local["peak_bytes"], _LOCAL_TENSORS, None),
-        ]
-    else:
-        peaks = [peak("server", server_bytes, _SERVER_TENSORS + _SERVER_SUM, None)]
-        for rank, report in enumerate(reports):
-            peaks.append(peak(f"worker {rank}", report["peak_bytes"], _WORKER_TENSORS, WORKER_MARK))
-    return MemoryUse(model=model, parameters=count, workers=workers, steps=STEPS, baseline_bytes=baseline, peaks=peaks)
-
-
-def _arguments(model: str) -> list[str]:
-    return [f"--model={model}", f"--steps={STEPS}"]
+    local = None
+    if crew.workers == 1:
+        report = json.loads(run_program("-m", "benchmarks.worker", *_arguments(crew), timeout_s=_TIMEOUT_S))
+        local = peak(LOCAL, report["peak_bytes"], _LOCAL_TENSORS)
+    return MemoryUse(
+        model=crew.model,
+        parameters=count,
+        workers=crew.workers,
+        transport=crew.transport,
+        steps=STEPS,
+        baseline_bytes=baseline,
+        server=peak("server", server_bytes, _SERVER_TENSORS + _SERVER_SUM * (crew.workers > 1)),
+        workers_peaks=[
+            peak(f"worker {rank}", report["peak_bytes"], _WORKER_TENSORS) for rank, report in enumerate(reports)
+        ],
+        local=local,
+    )
 
 
-def _run_workers(address: str, model: str, count: int) -> list[dict[str, int]]:
+def _arguments(crew: Crew) -> list[str]:
+    return [f"--model={crew.model}", f"--steps={STEPS}"]
+
+
+def _run_workers(address: str, crew: Crew) -> list[dict[str, int]]:
     """Runs a job's workers side by side. Returns what they report, by rank."""
-    options = [*_arguments(model), f"--server={address}", f"--world-size={count}"]
+    count = crew.workers
+    options = [*_arguments(crew), f"--server={address}", f"--world-size={count}", f"--transport={crew.transport}"]
     with ExitStack() as stack:
         processes = [start_program("-m", "benchmarks.worker", *options, f"--rank={rank}") for rank in range(count)]
         for process in processes:
             # If one fails, the others wait for it in vain.
             stack.callback(process.kill)
         return [json.loads(finish(process, timeout_s=_TIMEOUT_S)) for process in processes]
-
-
-def missed(uses: Sequence[MemoryUse]) -> Iterator[Peak]:
-    """The peaks that do not stay under their marks."""
-    return (peak for use in uses for peak in use.peaks if peak.holds is False)

@@ -6,53 +6,71 @@ backward gives each of them a gradient.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from torch import nn
 
-
-class Model(Protocol):
-    """What a benchmark needs of a model."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, fp32, on the CPU."""
-
-    def loss(self, step: int) -> torch.Tensor:
-        """A loss that depends on every parameter, the same for equal parameters and equal `step`."""
+_FACTOR_STEPS: Final = 128
+"""Gradients are multiples of 1/128 between -1 and 1."""
+_PACE: Final = 128
+"""The rows and columns of what a paced model multiplies."""
 
 
-class Perceptron(nn.Module):
-    """Two linear layers over a fixed batch of 32 rows, with a forward and a backward of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(64, 133), nn.ReLU(), nn.Linear(133, 10))
-        self.register_buffer("inputs", torch.randn(32, 64))
-
-    def loss(self, step: int) -> torch.Tensor:
-        """Cross-entropy against classes that change with `step`."""
-        classes = (torch.arange(32) + step) % 10
-        return nn.functional.cross_entropy(self.layers(self.inputs), classes)
-
-
-class ParameterSet(nn.Module):
-    """Parameters of given shapes without the network around them.
+class Model(nn.Module):
+    """Parameters of given shapes without the network around them, fp32, on the CPU.
 
     Forward and backward of a real network would dominate a run. Here the loss is a weighted sum of all elements: its
-    backward takes no memory but for the gradients, and every gradient is a tensor of its own.
+    backward takes no memory but for the gradients, and every gradient is a tensor of its own. The weights are such that
+    sums and means of up to four workers' gradients are exact: in whatever order they are added up, the result has the
+    same bits, so that every way to train can be held against every other.
+
+    Args:
+        shapes: Of the parameters.
+        multiplications: How many of 128 x 128 stand between the parameters, in proportion to their elements: gradients
+            become ready evenly over a backward that takes as long as that.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], multiplications: int = 0) -> None:
         super().__init__()
         self.all = nn.ParameterList(nn.Parameter(torch.empty(shape).normal_(std=0.02)) for shape in shapes)
+        self._multiplications = multiplications
 
-    def loss(self, step: int) -> torch.Tensor:
-        """Each parameter's sum times a factor of its own that changes with `step`."""
-        terms = [p.sum() * math.sin(1.0 + step + index) for index, p in enumerate(self.parameters())]
+    def forward(self, step: int, ranks: Sequence[int] = (0,)) -> torch.Tensor:
+        """The loss, which depends on every parameter: equal for equal parameters, steps and ranks.
+
+        Args:
+            step: Which step's.
+            ranks: Whose: of several, the gradient is the mean of theirs.
+        """
+        if self._multiplications:
+            return self._paced(step, ranks)
+        terms = [p.sum() * _factor(step, index, ranks) for index, p in enumerate(self.parameters())]
         return torch.stack(terms).sum()
+
+    def _paced(self, step: int, ranks: Sequence[int]) -> torch.Tensor:
+        # Multiplying by a permutation costs what any product costs, and leaves every bit of the gradients as it was.
+        permutation = torch.eye(_PACE).roll(1, 0)
+        total = parameter_count(self)
+        value = torch.zeros(_PACE, _PACE)
+        elements = made = 0
+        for index, parameter in enumerate(self.parameters()):
+            value = value + parameter.sum() * (_factor(step, index, ranks) / _PACE**2)
+            elements += parameter.numel()
+            due = self._multiplications * elements // total
+            for _ in range(due - made):
+                value = value @ permutation
+            made = due
+        return value.sum()
+
+
+def _factor(step: int, index: int, ranks: Sequence[int]) -> float:
+    """The gradient of each element of one parameter."""
+    factors = [round(math.sin(1.0 + step + index + 2.0 * rank) * _FACTOR_STEPS) for rank in ranks]
+    return sum(factors) / len(factors) / _FACTOR_STEPS
 
 
 def _resnet50_shapes() -> list[tuple[int, ...]]:
@@ -83,30 +101,32 @@ def _decoder_shapes(width: int, layers: int) -> list[tuple[int, ...]]:
     return [*norm, *attention, *norm, *feed_forward] * layers
 
 
-_MODELS: Final[dict[str, Callable[[], Model]]] = {
-    "perceptron-10k": Perceptron,
-    "resnet50-26m": lambda: ParameterSet(_resnet50_shapes()),
-    "decoder-10m": lambda: ParameterSet(_decoder_shapes(320, 8)),
-    "decoder-100m": lambda: ParameterSet(_decoder_shapes(1024, 8)),
+_SHAPES: Final[dict[str, Callable[[], list[tuple[int, ...]]]]] = {
+    # Two linear layers. Four tensors: this one is about round trips.
+    "perceptron-10k": lambda: [(133, 64), (133,), (10, 133), (10,)],
+    "resnet50-26m": _resnet50_shapes,
+    "decoder-10m": lambda: _decoder_shapes(256, 13),
+    "decoder-100m": lambda: _decoder_shapes(800, 13),
 }
 
-NAMES: Final = tuple(_MODELS)
+NAMES: Final = tuple(_SHAPES)
 """The models' names."""
 
 
-def build(name: str) -> Model:
+def build(name: str, multiplications: int = 0) -> Model:
     """A new model; two of one name have equal values.
 
     Args:
         name: One of `NAMES`.
+        multiplications: What its backward computes besides, see `Model`.
     """
     torch.manual_seed(0)
-    return _MODELS[name]()
+    return Model(_SHAPES[name](), multiplications)
 
 
-def compute_gradients(model: Model, step: int) -> None:
+def compute_gradients(model: Model, step: int, ranks: Sequence[int] = (0,)) -> None:
     """A backward from the loss of `step`: adds to the gradients that are there."""
-    torch.autograd.backward(model.loss(step))
+    torch.autograd.backward(model(step, ranks))
 
 
 def parameter_count(model: Model) -> int:
@@ -117,3 +137,11 @@ def parameter_count(model: Model) -> int:
 def bit_equal(one: Model, other: Model) -> bool:
     """Whether two models have the same parameters, to the last bit."""
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def digest(model: Model) -> str:
+    """A checksum of all parameters' bits, which two processes can compare."""
+    checksum = hashlib.sha256()
+    for parameter in model.parameters():
+        checksum.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return checksum.hexdigest()

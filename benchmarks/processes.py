@@ -48,29 +48,21 @@ def loopback_address() -> str:
 
 
 @contextlib.contextmanager
-def optimd_server(address: str, *flags: str) -> Iterator[ServerProcess]:
+def optimd_server(address: str, *flags: str, namespace: str | None = None) -> Iterator[ServerProcess]:
     """An optimizer daemon with one torch thread, on the CPU.
 
     Args:
         address: Where it listens.
         flags: More flags.
+        namespace: The network namespace that it runs in; None for the one that this process is in.
 
     Raises:
         ServerStartError: it did not start.
     """
     options = ["--device=cpu", "--threads=1", "--no-health", "--log-level=warning"]
-    with _serving(["-m", "optimd.server", f"--address={address}", *options, *flags], (address,)) as server:
-        yield server
-
-
-@contextlib.contextmanager
-def echo_server(*addresses: str) -> Iterator[ServerProcess]:
-    """A server that sends every message back as it came.
-
-    Raises:
-        ServerStartError: it did not start.
-    """
-    with _serving(["-m", "benchmarks.echo", *addresses], addresses) as server:
+    within = [] if namespace is None else ["ip", "netns", "exec", namespace]
+    program = [*within, sys.executable, "-m", "optimd.server", f"--address={address}", *options, *flags]
+    with _serving(program, (address,)) as server:
         yield server
 
 
@@ -154,7 +146,7 @@ def _serving(arguments: Sequence[str], addresses: tuple[str, ...]) -> Iterator[S
     ready, ready_of_child = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, *arguments, f"--ready-fd={ready_of_child}"],
+            [*arguments, f"--ready-fd={ready_of_child}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(ready_of_child,),
@@ -167,7 +159,7 @@ def _serving(arguments: Sequence[str], addresses: tuple[str, ...]) -> Iterator[S
     try:
         readable, _, _ = select.select([ready], [], [], _START_TIMEOUT_S)
         if not readable or not os.read(ready, 64):
-            raise ServerStartError(f"`python {' '.join(arguments)}` did not start within {_START_TIMEOUT_S:g} s")
+            raise ServerStartError(f"`{' '.join(arguments)}` did not start within {_START_TIMEOUT_S:g} s")
         yield ServerProcess(addresses, process.pid)
     finally:
         os.close(ready)

@@ -7,14 +7,19 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import grpc
 import torch
 
 from benchmarks.journal import MARKS, OFF, SNAPSHOT_STEPS, STEPS, WARMUP_STEPS, JournalTimes
-from benchmarks.memory import ALLOWANCE_BYTES, MB, SERVER_MARK, WORKER_MARK, MemoryUse
-from benchmarks.step_time import LOCAL, TRANSPORTS, StepTimes, echo_over, optimd_over
+from benchmarks.link import RAW, LinkTimes, OverlapTimes
+from benchmarks.marks import Mark
+from benchmarks.memory import MB, MemoryUse
+from benchmarks.peers import LOCAL, Optimd
+from benchmarks.peers.backward import ALONE
+from benchmarks.step_time import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,54 +44,126 @@ def environment() -> dict[str, Any]:
 
 
 def step_time_table(measured: StepTimes) -> Table:
-    """One model's step times."""
-    echo_of = {optimd_over(transport): echo_over(transport) for transport in TRANSPORTS}
-    local = measured.times[LOCAL].median_s
+    """One suite's step times."""
+    echo_of = {Optimd(transport=transport).name: measured.best_echo(transport) for transport in ("unix", "tcp")}
     rows = []
     for name, times in measured.times.items():
         echo = echo_of.get(name)
         rows.append(
             (
                 name,
-                f"{times.median_s * 1e3:.3f}",
-                f"{times.lower_quartile_s * 1e3:.3f} - {times.upper_quartile_s * 1e3:.3f}",
-                f"{times.median_s / local:.2f}",
-                f"{times.median_s / measured.times[echo].median_s:.2f}" if echo else "",
+                f"{times.median_s * 1e3:.2f}",
+                f"{times.lower_quartile_s * 1e3:.2f} - {times.upper_quartile_s * 1e3:.2f}",
+                _number(measured.ratio(name, LOCAL)),
+                _number(measured.ratio(name, echo)) if echo else "",
             )
         )
-    runs = measured.times[LOCAL].runs
-    outcome = "are bit-equal" if measured.bit_equal else "DIFFER: the optimizers did not do the same work"
+    runs = next(iter(measured.times.values())).runs
     return Table(
-        f"Step time, {measured.model}: {measured.parameters:,} parameters in {measured.tensors} tensors",
-        ("", "median ms", "quartiles ms", "/ local", "/ raw echo"),
+        f"Step time, {_of_model(measured)}, {_workers(measured.workers)}",
+        ("", "median ms", "quartiles ms", "/ local", "/ best echo"),
         rows,
-        f"{runs} rounds, one thread in each process. Final parameters {outcome}.",
+        f"{runs} rounds, one thread in each process. {_bits(measured)}",
     )
 
 
-def memory_table(measured: MemoryUse) -> Table:
-    """The peaks of one run."""
+def link_table(measured: LinkTimes) -> Table:
+    """Steps across the slow line."""
+    steps = measured.steps
     rows = [
-        (
-            peak.role,
-            f"{peak.bytes / MB:,.1f}",
-            f"{peak.bytes / peak.parameters:.2f}",
-            f"{(peak.bytes - peak.tensor_bytes) / MB:,.1f}",
-            "" if peak.mark_bytes is None else f"{peak.mark_bytes / MB:,.1f}",
-            {True: "yes", False: "NO", None: ""}[peak.holds],
-        )
-        for peak in measured.peaks
+        ("the line's rate, one direction", f"{measured.arithmetic_s * 1e3:.1f}", "", ""),
+        *(
+            (
+                name,
+                f"{times.median_s * 1e3:.1f}",
+                f"{times.lower_quartile_s * 1e3:.1f} - {times.upper_quartile_s * 1e3:.1f}",
+                _number(steps.ratio(name, RAW)),
+            )
+            for name, times in steps.times.items()
+        ),
     ]
-    workers = "1 worker" if measured.workers == 1 else f"{measured.workers} synchronous workers"
-    allowance = f"{ALLOWANCE_BYTES / MB:.0f} MB"
+    runs = next(iter(steps.times.values())).runs
     return Table(
-        f"Peak memory, {measured.model}: {measured.parameters:,} parameters, {workers}",
-        ("", "MB", "bytes/parameter", "MB beside tensors", "mark MB", "holds"),
+        f"A line of 1 Gbit/s, {_of_model(steps)}, {_workers(steps.workers)}",
+        ("", "median ms", "quartiles ms", "/ one direction"),
         rows,
-        f"Upload and {measured.steps} steps, above the {measured.baseline_bytes / MB:.0f} MB of a process that has "
-        f"imported torch and grpc.\nMarks: server {SERVER_MARK} bytes/parameter + {allowance} (1 worker), worker "
-        f"{WORKER_MARK} bytes/parameter + {allowance}.",
+        f"{runs} rounds. {_bits(steps)}",
     )
+
+
+def overlap_table(measured: OverlapTimes) -> Table:
+    """What overlap saves."""
+    alone = measured.times[ALONE].median_s
+    rows = [
+        (name, f"{times.median_s * 1e3:.1f}", "" if name == ALONE else f"{(times.median_s - alone) * 1e3:.1f}")
+        for name, times in measured.times.items()
+    ]
+    ratio = measured.ratio
+    caption = "This optimd has no overlap." if ratio is None else f"With overlap {ratio:.0%} of that without."
+    return Table(
+        f"A backward about as long as the upload ({measured.upload_s * 1e3:.0f} ms) and a step, 1 Gbit/s",
+        ("", "median ms", "beyond the backward"),
+        rows,
+        caption,
+    )
+
+
+def memory_table(uses: Sequence[MemoryUse]) -> Table:
+    """Peaks of all runs."""
+    rows = []
+    for use in uses:
+        for peak in use.peaks:
+            where = f"{use.model}, {_workers(use.workers)}, {use.transport}: {peak.role}"
+            if peak is use.local:
+                where = f"{use.model}: {peak.role}"
+            rows.append(
+                (
+                    where,
+                    f"{peak.bytes / MB:,.1f}",
+                    f"{peak.bytes / peak.parameters:.2f}",
+                    f"{(peak.bytes - peak.tensor_bytes) / MB:,.1f}",
+                )
+            )
+    baseline = uses[0].baseline_bytes / MB
+    return Table(
+        "Peak memory",
+        ("", "MB", "bytes/parameter", "MB beside tensors"),
+        rows,
+        f"Upload and {uses[0].steps} steps, above the {baseline:.0f} MB of a process that has imported torch and grpc.",
+    )
+
+
+def marks_table(all_marks: Sequence[Mark]) -> Table:
+    """What must hold, and whether it does."""
+    rows: list[Sequence[str]] = []
+    for mark in all_marks:
+        digits = 2 if mark.unit == "x" else 0
+        unit = "" if mark.unit == "x" else f" {mark.unit}"
+        if mark.value is None:
+            rows.append((mark.figure, "-", "", "", "not measured"))
+            continue
+        verdict = "NO" if not mark.holds else "aim" if mark.aimed else "yes"
+        limits = (f"{limit:,.{digits}f}{unit}" for limit in (mark.must, mark.aim))
+        rows.append((mark.figure, f"{mark.value:,.{digits}f}{unit}", *limits, verdict))
+    return Table("Marks", ("", "measured", "must", "aim", "holds"), rows, "Ratios within this run, of medians.")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"
+
+
+def _of_model(measured: StepTimes) -> str:
+    return f"{measured.model} ({measured.parameters:,} parameters in {measured.tensors} tensors)"
+
+
+def _bits(measured: StepTimes) -> str:
+    if measured.differing:
+        return f"PARAMETERS DIFFER from the local Adam's: {', '.join(measured.differing)}."
+    return "Parameters of all with fp32 on the wire end bit-equal."
 
 
 def journal_table(measured: JournalTimes) -> Table:
@@ -123,16 +200,22 @@ def journal_table(measured: JournalTimes) -> Table:
 
 
 def as_json(
-    steps: Iterable[StepTimes], memory: Iterable[MemoryUse], journals: Iterable[JournalTimes]
+    steps: Iterable[StepTimes],
+    link: LinkTimes | None,
+    memory: Iterable[MemoryUse],
+    journals: Iterable[JournalTimes],
+    all_marks: Iterable[Mark],
 ) -> dict[str, Any]:
     """All of it as plain values."""
     return {
         "environment": environment(),
-        "step_time": [asdict(measured) for measured in steps],
-        "memory": [
-            asdict(measured) | {"peaks": [asdict(peak) | {"holds": peak.holds} for peak in measured.peaks]}
-            for measured in memory
+        "step_time": [
+            asdict(measured) | {"ratio_to_local": {name: measured.ratio(name, LOCAL) for name in measured.times}}
+            for measured in steps
         ],
+        "link": None if link is None else asdict(link) | {"overlap_ratio": link.overlap.ratio},
+        "memory": [asdict(measured) for measured in memory],
+        "marks": [asdict(mark) | {"holds": mark.holds, "aimed": mark.aimed} for mark in all_marks],
         "journal": [
             asdict(measured)
             | {
@@ -144,6 +227,32 @@ def as_json(
             for measured in journals
         ],
     }
+
+
+BEGIN: Final = "<!-- figures: what `make bench BENCH_ARGS='--into PATH'` writes -->"
+END: Final = "<!-- end of figures -->"
+
+
+def write_into(path: Path, tables: Iterable[Table]) -> None:
+    """Puts tables between the two lines of a Markdown page that say where, in the place of what is there.
+
+    Raises:
+        ValueError: there are no such lines.
+    """
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, behind = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no place for figures: a line {BEGIN} and a line {END}")
+    machine = ", ".join(f"{name} {value}" for name, value in environment().items())
+    parts = [f"{machine}.", *(_as_markdown(table) for table in tables)]
+    path.write_text("\n\n".join([before + begin, *parts, end + behind]), encoding="utf-8")
+
+
+def _as_markdown(table: Table) -> str:
+    lines = [table.columns, ["---", *("---:" for _ in table.columns[1:])], *table.rows]
+    drawn = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([f"**{table.title}**", "", *drawn, "", table.caption])
 
 
 def show(table: Table) -> None:
