@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from optimd.client import AccumulationLostError, Adam, OptimdError, ProxyOptions, Sync, statetransfer
-from optimd.client.parameters import FlatReader
 from optimd.server import recordwriter
 from optimd.server.snapshotfile import SnapshotWriter
+from optimd.wire import bundles
 from optimd.wire.layout import Bucket
 from tests.faultfiles import FailingFiles
 from tests.keptjobs import gradients, parameters, recovered
@@ -42,14 +42,16 @@ class Stall:
         self.stalls = threading.Event()
         self.go_on = threading.Event()
         monkeypatch.setattr(statetransfer, "bucket_message", self._send)
+        # So that each bucket that is out has been sent.
+        monkeypatch.setattr(bundles, "BUNDLE_BYTES", 0)
 
-    def _send(self, kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader) -> bytes:
+    def _send(self, kind: str, *rest: Any) -> bytes:
         if kind == "gradient" and not self.stalls.is_set():
             if self._left == 0:
                 self.stalls.set()
                 assert self.go_on.wait(30)
             self._left -= 1
-        return self._original(kind, bucket, present, reader)
+        return self._original(kind, *rest)
 
 
 def give(params: Sequence[nn.Parameter], seed: int) -> None:

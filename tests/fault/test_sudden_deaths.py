@@ -7,16 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
 from optimd.client import Adam, ConnectionLostError, ProxyOptions, statetransfer
-from optimd.client.parameters import FlatReader
 from optimd.server import Server
 from optimd.server.aggregation import SyncAggregator
 from optimd.wire.layout import Bucket
@@ -82,20 +80,22 @@ def test_a_worker_killed_in_the_middle_of_its_push_is_in_no_atomic_step_and_in_a
         import torch
         from optimd.client import Adam, ProxyOptions
         from optimd.client import statetransfer
+        from optimd.wire import bundles
 
         # One bucket goes out, then the push stops where a slow worker's would.
         original = statetransfer.bucket_message
         sent = []
 
-        def stalling(kind, bucket, present, reader):
+        def stalling(kind, bucket, *rest):
             if kind == "gradient" and sent:
                 print("stalled", flush=True)
                 input()
             if kind == "gradient":
                 sent.append(bucket)
-            return original(kind, bucket, present, reader)
+            return original(kind, bucket, *rest)
 
         statetransfer.bucket_message = stalling
+        bundles.BUNDLE_BYTES = 0
         p = torch.nn.Parameter(torch.zeros(512))
         options = ProxyOptions(rank=1, world_size=2, bucket_bytes=1024, apply="{apply}")
         optimizer = Adam([p], lr=1.0, server="{server.address}", job="partial", options=options)
@@ -139,17 +139,19 @@ def test_a_lone_streaming_worker_killed_in_mid_push_leaves_a_job_that_can_be_res
         import torch
         from optimd.client import Adam, ProxyOptions
         from optimd.client import statetransfer
+        from optimd.wire import bundles
         original = statetransfer.bucket_message
         sent = []
 
-        def stalling(kind, bucket, present, reader):
+        def stalling(kind, bucket, *rest):
             if kind == "gradient" and sent:
                 input()
             if kind == "gradient":
                 sent.append(bucket)
-            return original(kind, bucket, present, reader)
+            return original(kind, bucket, *rest)
 
         statetransfer.bucket_message = stalling
+        bundles.BUNDLE_BYTES = 0
         p = torch.nn.Parameter(torch.zeros(512))
         options = ProxyOptions(bucket_bytes=1024)
         optimizer = Adam([("table", p)], lr=1.0, server="{server.address}", job="torn", options=options)
@@ -210,17 +212,18 @@ def test_a_killed_server_ends_a_step_that_waits_for_it_at_once(monkeypatch: pyte
     """No hang: a ConnectionLostError with the address; the gradients are still there."""
     with server_process() as (process, address):
         p = nn.Parameter(torch.ones(2_000_000))
-        optimizer = Adam([p], server=address, options=ProxyOptions(retry_timeout_s=0.5))
+        options = ProxyOptions(retry_timeout_s=0.5, bucket_bytes=1 << 20)
+        optimizer = Adam([p], server=address, options=options)
         p.grad = torch.ones(2_000_000)
         optimizer.step()
         original, sent = statetransfer.bucket_message, list[int]()
 
-        def killing(kind: str, bucket: Bucket, present: Sequence[bool], reader: FlatReader) -> bytes:
+        def killing(kind: str, bucket: Bucket, *rest: Any) -> bytes:
             sent.append(bucket.bucket_id)
             if len(sent) == 4:
                 process.kill()
                 process.wait(10)
-            return original(kind, bucket, present, reader)
+            return original(kind, bucket, *rest)
 
         monkeypatch.setattr(statetransfer, "bucket_message", killing)
         with pytest.raises(ConnectionLostError, match=address):

@@ -42,18 +42,20 @@ def dying_worker(server: Server, folder: Path, *, whole_steps: int) -> subproces
             f"""
             import torch
             from optimd.client import Adam, ProxyOptions, statetransfer
+            from optimd.wire import bundles
             original = statetransfer.bucket_message
             sent = []
 
-            def stalling(kind, bucket, present, reader):
+            def stalling(kind, bucket, *rest):
                 if kind == "gradient" and optimizer.next_sequence == {whole_steps}:
                     if len(sent) == 3:
                         print("stalled", flush=True)
                         input()
                     sent.append(bucket)
-                return original(kind, bucket, present, reader)
+                return original(kind, bucket, *rest)
 
             statetransfer.bucket_message = stalling
+            bundles.BUNDLE_BYTES = 0
             p = torch.nn.Parameter(torch.zeros({ELEMENTS}))
             options = ProxyOptions(worker_id="mortal", bucket_bytes=1024)
             optimizer = Adam([p], lr=0.1, fused=True, server="{server.address}", job="torn", options=options)

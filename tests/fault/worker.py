@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from optimd.client import Adam, ProxyOptions, Sync, statetransfer
+from optimd.wire import bundles
 
 ELEMENTS = 2000
 BUCKET_BYTES = 1024
@@ -59,6 +60,8 @@ def main() -> None:
         return original(kind, bucket, *rest)
 
     statetransfer.bucket_message = stalling  # type: ignore[assignment]
+    # So that each bucket that is out has been sent.
+    bundles.BUNDLE_BYTES = 0  # type: ignore[misc]  # for the test
     aggregation = Sync(world_size=world_size, deterministic=args.deterministic, on_loss=args.on_loss)
     options = ProxyOptions(
         rank=args.rank, worker_id=f"worker-{args.rank}", aggregation=aggregation, bucket_bytes=BUCKET_BYTES

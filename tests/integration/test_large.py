@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimd.client import Adam, connection
+from optimd.client import Adam, ProxyOptions, connection
 from optimd.wire.codec import decode
 from optimd.wire.limits import MAX_MESSAGE_BYTES
 from tests.support import ROOT, server_process
@@ -33,7 +33,8 @@ def test_a_400_mb_model_trains_in_messages_under_4_mib(monkeypatch: pytest.Monke
     monkeypatch.setattr(connection, "_drain", measuring_drain)
     monkeypatch.setattr("optimd.client.connection.decode", measuring_decode)
     p = nn.Parameter(torch.zeros(ELEMENTS))
-    with server_process() as (_, address), Adam([p], lr=0.5, server=address) as optimizer:
+    options = ProxyOptions(transport="grpc")
+    with server_process() as (_, address), Adam([p], lr=0.5, server=address, options=options) as optimizer:
         p.grad = torch.ones(ELEMENTS)
         optimizer.step()
         receipt = optimizer.last_receipt

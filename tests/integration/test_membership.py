@@ -79,7 +79,10 @@ def test_a_push_in_whose_middle_the_line_breaks_is_taken_up_where_it_was(
 ) -> None:
     """What the server has of it is applied once, the rest is sent again, and the receipt says that it was resumed."""
     from optimd.client import statetransfer
+    from optimd.wire import bundles
 
+    # So that the server has each message before the next one is made.
+    monkeypatch.setattr(bundles, "BUNDLE_BYTES", 0)
     original, pushed = statetransfer.bucket_message, list[int]()
 
     def cutting(kind: str, bucket: Any, *rest: Any) -> bytes:
