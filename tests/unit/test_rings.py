@@ -69,6 +69,21 @@ def test_a_ring_is_used_again_once_its_reader_is_done() -> None:
         reader.release()
 
 
+def test_what_is_small_takes_no_more_memory_however_often_it_comes() -> None:
+    """Two payloads a step, and a reader that is done with them before the next: all steps lie where the first did."""
+    writer, reader = ring()
+    offsets = set()
+    for number in range(50):
+        contents = [filled(number, 300), filled(number + 1, 200)]
+        positions = [write(writer, content) for content in contents]
+        for position, content in zip(positions, contents, strict=True):
+            assert position is not None
+            assert bytes(reader.read(position, len(content))) == content
+            reader.release()
+            offsets.add(position % SIZE)
+    assert offsets == {0, 320}
+
+
 def test_what_was_read_last_is_good_until_it_is_released() -> None:
     writer, reader = ring()
     first = write(writer, filled(1, SIZE // 2))

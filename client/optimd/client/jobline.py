@@ -168,13 +168,20 @@ class JobLine:
         Raises:
             ConnectionLostError: none did in time; or it would find the job that it has created itself, and refuse it.
         """
-        pause_s = self._retry.next_pause(time.monotonic()) if self.retry_timeout_s else None
-        if pause_s is None or self.request.on_existing == job_pb2.ON_EXISTING_FAIL:
-            raise cause
-        _log.warning("%s; opening job %s anew", cause, self.request.job)
-        self._lost = None
-        time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads workers out
-        self.connection.reach(max(0.1, self._retry.left(time.monotonic())))
+        while True:
+            pause_s = self._retry.next_pause(time.monotonic()) if self.retry_timeout_s else None
+            if pause_s is None or self.request.on_existing == job_pb2.ON_EXISTING_FAIL:
+                raise cause
+            _log.warning("%s; opening job %s anew", cause, self.request.job)
+            self._lost = None
+            time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads workers out
+            try:
+                self.connection.reach(max(0.1, self._retry.left(time.monotonic())))
+            except ConnectionLostError as error:
+                # The line that is breaking took this question with it.
+                cause = error
+            else:
+                return
 
     def grow(
         self,

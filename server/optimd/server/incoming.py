@@ -41,8 +41,8 @@ class Incoming:
         self.widener = Widener()
         """Widens the gradients that come narrowed."""
 
-    def share(self, ring: RingReader) -> None:
-        """Payloads may come through shared memory from now on."""
+    def share(self, ring: RingReader | None) -> None:
+        """Payloads may come through shared memory from now on; with None, no more."""
         self._ring = ring
 
     @property

@@ -56,8 +56,8 @@ class Outgoing:
         self.placed_bytes = 0
         """How many bytes have gone through shared memory."""
 
-    def share(self, ring: RingWriter) -> None:
-        """Payloads may go through shared memory from now on."""
+    def share(self, ring: RingWriter | None) -> None:
+        """Payloads may go through shared memory from now on; with None, no more."""
         self._bundler.ring = ring
 
     def put(self, message: bytes) -> Iterator[bytes]:

@@ -123,6 +123,9 @@ class TrainSession:
             self._leaves = not self._incoming.has_ended and self._is_active() and not isinstance(error, _PASSING)
             raise
         finally:
+            # Not when the cycle collector comes: it is memory of the host's, and a file that is open.
+            self._incoming.share(None)
+            self._outgoing.share(None)
             if self._job is not None and self._member is not None:
                 if self._leaves:
                     self._registry.leave(self._job, self._member)

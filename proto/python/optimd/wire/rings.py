@@ -46,6 +46,8 @@ class RingWriter:
         self._done = done
         self._size = memory.nbytes
         self._written = 0
+        # The reader is done with everything before this, whatever it has said yet.
+        self._begun_at = 0
         # How far the reader was when it was last waited for in vain.
         self._stuck_at = -1
         self.unannounced = 0
@@ -63,6 +65,9 @@ class RingWriter:
         """
         if not SMALLEST_BYTES <= nbytes <= self._size // 2:
             return None
+        if self._done[0] == self._written:
+            # From the start again: what is small goes through the same memory each time, and takes no more of it.
+            self._begun_at = self._written = -(-self._written // self._size) * self._size
         position = -(-self._written // ALIGNMENT) * ALIGNMENT
         offset = position % self._size
         if offset + nbytes > self._size:
@@ -84,13 +89,13 @@ class RingWriter:
         return self.unannounced >= ANNOUNCED_BYTES
 
     def _await_room(self, end: int) -> bool:
-        if end - self._done[0] <= self._size:
+        if end - max(self._done[0], self._begun_at) <= self._size:
             return True
         if self._done[0] == self._stuck_at:
             # It has been waited for, and has not moved since.
             return False
         deadline_s = time.monotonic() + PATIENCE_S
-        while end - self._done[0] > self._size:
+        while end - max(self._done[0], self._begun_at) > self._size:
             if time.monotonic() > deadline_s:
                 self._stuck_at = self._done[0]
                 return False
