@@ -352,7 +352,7 @@ def test_an_interrupted_step_leaves_an_optimizer_that_says_so(server: Server, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("optimd.client.session.FlatWriter.write", interrupted)
+        patched.setattr("optimd.client.session.write_values", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     with pytest.raises(ConnectionLostError, match="KeyboardInterrupt"):

@@ -133,7 +133,9 @@ def test_steps_through_shared_memory_have_torchs_bits(server: Server, placed: Pl
             local.step()
             assert torch.equal(ours, theirs), step
     buckets = -(-SIZE * 4 // BUCKET_BYTES)
-    assert placed.count == 2 * 5 * buckets
+    # Values that stand still are read where the server has them.
+    ways = 2 if "aggregation" in more and isinstance(more["aggregation"], Async) else 1
+    assert placed.count == ways * 5 * buckets
     assert not placed.missed
 
 
@@ -249,11 +251,11 @@ def test_an_unknown_transport_is_refused() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small /dev/shm")
-@pytest.mark.parametrize(("mounted", "sharing"), [("64m", 3), ("12m", 0)])
+@pytest.mark.parametrize(("mounted", "sharing"), [("64m", 2), ("12m", 0)])
 def test_in_a_container_with_a_small_dev_shm_workers_share_what_there_is(
     mounted: str, sharing: int, tmp_path: Path
 ) -> None:
-    """64 MB is what container engines give: rings for three workers, and gRPC for the fourth, without a signal."""
+    """64 MB is what container engines give: rings for two workers, and gRPC for the others, without a signal."""
     script = tmp_path / "workers.py"
     script.write_text(
         "import warnings\n"

@@ -27,7 +27,8 @@ def torchrun(*arguments: str | Path, folder: Path, **environment: str) -> list[s
         capture_output=True,
         text=True,
         timeout=140,
-        env={**os.environ, "TMPDIR": tempfile.mkdtemp(prefix="t-"), "PYTHONUNBUFFERED": "1", **environment},
+        # Buffered: else two workers' lines may get into each other.
+        env={**os.environ, "TMPDIR": tempfile.mkdtemp(prefix="t-"), "PYTHONUNBUFFERED": "", **environment},
         cwd=folder,
     )
     assert finished.returncode == 0, finished.stderr

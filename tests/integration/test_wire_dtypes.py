@@ -12,7 +12,6 @@ from optimd.client import Adam, ConfigurationError, ProxyOptions, UnsupportedErr
 from optimd.server import Server
 from optimd.v1 import state_dict_pb2, tensor_pb2, training_pb2
 from optimd.wire.encodings import EXACT
-from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES
 from tests.integration.test_protocol import PlainWorker, begin, end, gradient, values
 from tests.integration.test_protocol import bystander as bystander  # noqa: PLC0414  # a fixture
 from tests.relay import Relay
@@ -20,7 +19,6 @@ from tests.relay import Relay
 BFLOAT16, FLOAT16 = tensor_pb2.PAYLOAD_ENCODING_BFLOAT16, tensor_pb2.PAYLOAD_ENCODING_FLOAT16
 GRADIENT = tensor_pb2.TENSOR_KIND_GRADIENT
 LENGTHS = (256, 44)
-NARROWED = min(2 * DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES)
 
 
 def opened(worker: PlainWorker, **asked: Any) -> tuple[int, int]:
@@ -100,25 +98,6 @@ def test_a_server_answers_what_it_knows(server: Server) -> None:
         assert opened(worker, job="b", gradients=FLOAT16) == (FLOAT16, 0)
     with PlainWorker(server) as worker:
         assert opened(worker, job="c", gradients=99, parameters=BFLOAT16) == (0, BFLOAT16)
-
-
-@pytest.mark.parametrize(
-    ("wire", "asked", "bucket_bytes"),
-    [
-        (None, None, DEFAULT_BUCKET_BYTES),
-        (torch.bfloat16, None, NARROWED),
-        (WireDtypes(gradients=torch.float16, parameters=torch.bfloat16), None, NARROWED),
-        (WireDtypes(gradients=torch.bfloat16), None, DEFAULT_BUCKET_BYTES),
-        (torch.bfloat16, 5000, 5000),
-    ],
-)
-def test_buckets_have_up_to_twice_the_elements_where_both_ways_are_narrowed(
-    server: Server, wire: Any, asked: int | None, bucket_bytes: int
-) -> None:
-    """So messages are as long as ever. Who asks for a size gets it."""
-    options = ProxyOptions(wire_dtype=wire, bucket_bytes=asked)
-    with Adam([nn.Parameter(torch.zeros(3))], server=server.address, job="j", options=options):
-        assert server.registry.get("j").settings.bucket_bytes == bucket_bytes
 
 
 # --- what messages say

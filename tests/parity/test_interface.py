@@ -445,8 +445,8 @@ def test_a_copy_is_private_whatever_the_environment_calls_the_original(
 
 
 def test_tensors_larger_than_the_default_bucket_have_torchs_bits(server: Server) -> None:
-    """1.2 MB in two buckets, the second shared with what follows."""
-    start = [torch.randn(300_001), torch.randn(77)]
+    """3.2 MB in two buckets, the second shared with what follows."""
+    start = [torch.randn(800_001), torch.randn(77)]
     ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
     with Adam(ours, fused=True, server=server.address) as remote:
         assert len(server.registry.all()[0].store.buckets) == 2

@@ -240,7 +240,7 @@ def test_what_is_kept_wider_counts_as_the_dtype_that_travels() -> None:
     flat = torch.randn(64, dtype=torch.float64)
     exact, narrow = part_of(flat, EXACT, torch.float32), part_of(flat, BFLOAT16, torch.float32)
     assert (exact.nbytes, narrow.nbytes) == (256, 128)
-    assert bytes(exact) == bytes(bytes_of(flat.float()))
+    assert payload_of([exact]) == bytes(bytes_of(flat.float()))
     assert payload_of([narrow]) == bytes(bytes_of(flat.to(torch.bfloat16)))
 
 

@@ -58,10 +58,23 @@ class ValueWatch:
 
     def __init__(self) -> None:
         self._marks: list[_Mark | None] = []
+        self._looked_at: dict[int, _Mark | None] = {}
+
+    def look_at(self, index: int, tensor: torch.Tensor) -> None:
+        """A tensor is as `remember` will find it, which then takes less time."""
+        self._looked_at[index] = _mark(tensor)
 
     def remember(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Takes the tensors as they are now for being in order."""
-        self._marks = [_mark(tensor) for tensor in tensors]
+        """Takes the tensors as they are now for being in order.
+
+        What `look_at` was given holds, unless a tensor's pointer or version is another now. Should it have become
+        another unnoticed, it counts as written to.
+        """
+        looked_at, self._looked_at = self._looked_at, {}
+        self._marks = [
+            mark if (mark := looked_at.get(index)) is not None and _is_there(tensor, mark) else _mark(tensor)
+            for index, tensor in enumerate(tensors)
+        ]
 
     def changed(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """The indices of the tensors that have been written to, or may have been, since `remember`.
@@ -88,14 +101,19 @@ def _is_still(tensor: torch.Tensor, mark: _Mark | None) -> bool:
     if not has_memory(tensor):
         # There is nothing to be pushed, until there is.
         return True
-    if mark is None or (tensor.data_ptr(), _version(tensor)) != (mark.pointer, mark.version):
-        return False
-    if mark.memory.expired():  # type: ignore[no-untyped-call]
+    if mark is None or not _is_there(tensor, mark):
         return False
     now, then = _content(tensor), mark.content
     if not isinstance(now, tuple) or not isinstance(then, tuple):
         return now == then
     return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
+
+
+def _is_there(tensor: torch.Tensor, mark: _Mark) -> bool:
+    """Whether a tensor has the memory that it was marked with, and no writes that torch counts since."""
+    if not is_held(tensor) or (tensor.data_ptr(), _version(tensor)) != (mark.pointer, mark.version):
+        return False
+    return not mark.memory.expired()  # type: ignore[no-untyped-call]
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -43,6 +43,7 @@ from optimd.client.layoutexchange import (
 from optimd.client.narrowing import NarrowedValues
 from optimd.client.progress import Progress
 from optimd.client.retry import Retry
+from optimd.client.samehost import ServerValues
 from optimd.client.toldgroups import ToldGroups
 from optimd.client.translation import exception_of
 from optimd.client.valuetransfer import LocalValues, ReturnedValues, receive_values, value_messages
@@ -118,6 +119,8 @@ class JobLine:
         self.next_sequence = 0
         self.held_buckets: frozenset[int] = frozenset()
         """When the worker came back: the buckets of its open push that the server had."""
+        self.server_values = ServerValues()
+        """The server's own values, where they can be read."""
         self.narrowed = NarrowedValues(request.encodings.parameters)
         """The parameters whose values came narrowed."""
         self.micro = 0
@@ -286,6 +289,7 @@ class JobLine:
         if replaces:
             self.narrowed.came_whole()
         self.layout = layout
+        self.server_values.map(accepted.values, layout.parameters)
         self.groups.bring(groups, replaces=replaces)
         if accepted.resumed:
             self.resumed = True
@@ -503,6 +507,7 @@ class JobLine:
         _, message, _ = stream.expect("layout_accepted")
         silence.cancel()
         self.request.encodings.check(message.layout_accepted, self.connection.address)
+        self.server_values.map(message.layout_accepted.values, self.layout.parameters)
         if message.layout_accepted.current:
             _, message, _ = stream.expect("ready")
             ready = message.ready

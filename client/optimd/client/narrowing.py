@@ -12,7 +12,6 @@ from optimd.client.joblayout import JobLayout
 from optimd.client.parameters import FlatWriter
 from optimd.v1 import job_pb2
 from optimd.wire.encodings import EXACT, Encoding
-from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,17 +20,6 @@ class WireEncodings:
 
     gradients: Encoding = EXACT
     parameters: Encoding = EXACT
-
-    @property
-    def bucket_bytes(self) -> int:
-        """The `bucket_bytes` of a job that nobody asks another one for; 0: the server's choice.
-
-        What a message costs does not shrink with it: where both ways are narrowed, a bucket has up to twice as many
-        elements.
-        """
-        if self.gradients.is_exact or self.parameters.is_exact:
-            return 0
-        return min(2 * DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES)
 
     def check(self, accepted: job_pb2.LayoutAccepted, address: str) -> None:
         """The server at `address` has answered what it makes of them.

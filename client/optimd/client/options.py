@@ -173,9 +173,8 @@ class ProxyOptions:
     and gradients in this process keep their dtype. What opening a job, `pull_parameters()`, `state_dict()` and written
     values carry is not rounded. Bfloat16 has float32's range, and three significant digits. Float16 has four, and makes
     what lies beyond 65504 infinite and what is tiny zero: scale the loss with a `GradScaler`, or have `nonfinite` see
-    to it. `WireDtypes` sets the two ways apart. Each worker's own choice: workers of one job may differ. Where the one
-    that creates a job narrows both ways, and leaves `bucket_bytes` open, buckets have up to twice as many elements, so
-    that messages are as long as ever. None: nothing is rounded."""
+    to it. `WireDtypes` sets the two ways apart. Each worker's own choice: workers of one job may differ. None: nothing
+    is rounded."""
 
     max_grad_norm: float | None = None
     """What the server scales a step's gradient down to where its norm, over all parameters, is larger, as
@@ -190,7 +189,7 @@ class ProxyOptions:
     can be called again. The last two apply steps atomically. All workers of a job give the same."""
 
     bucket_bytes: int | None = None
-    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 2 MiB."""
+    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 3 MiB."""
 
     retry_timeout_s: float = 60.0
     """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks. A server

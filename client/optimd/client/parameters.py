@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from optimd.wire.dtypes import is_carried
 from optimd.wire.encodings import EXACT, Encoded, Encoding, Part
-from optimd.wire.layout import Bucket, Parameter, is_master_of
-from optimd.wire.tensors import bytes_of, copy_flat, flatten, memory_order, tensor_over
+from optimd.wire.layout import Bucket, Parameter, Slice, is_master_of
+from optimd.wire.tensors import Span, address_of, copy_bytes, flatten, memory_at, memory_order, tensor_over
 
 
 def is_held(tensor: torch.Tensor) -> bool:
@@ -144,7 +144,14 @@ class FlatReader:
         self._encoding = encoding
         self._index = -1
         self._flat = torch.empty(0)
-        self._bytes = memoryview(b"")
+        self._address = 0
+        # Of those that are sent as they lie. All at once: between buckets, which push everything else out of the
+        # processor's cache, the same takes several times as long.
+        self._spans = (
+            {index: span for index, tensor in tensors.items() if (span := _plain_span(tensor, parameters[index]))}
+            if encoding.is_exact
+            else {}
+        )
 
     def encoding_of(self, kind: str, bucket: Bucket) -> Encoding:
         """What the parts of a bucket are encoded in."""
@@ -160,9 +167,14 @@ class FlatReader:
         encoding = self._encoding.of(dtype)
         for piece, here in zip(bucket.slices, present, strict=True):
             if here and piece.length:
+                span = self._spans.get(piece.parameter)
+                if span is not None and self._tensors[piece.parameter].dtype is dtype:
+                    size = dtype.itemsize
+                    yield Span(span.address + piece.offset * size, piece.length * size, span.owner)
+                    continue
                 self._take(piece.parameter, dtype, encoding)
                 if encoding.is_exact:
-                    yield self._bytes[piece.offset * dtype.itemsize : piece.end * dtype.itemsize]
+                    yield Span(self._address + piece.offset * dtype.itemsize, piece.length * dtype.itemsize, self._flat)
                 else:
                     yield Encoded(encoding, self._flat[piece.offset : piece.end], dtype)
 
@@ -171,16 +183,11 @@ class FlatReader:
             return
         tensor, order = self._tensors[index], self._parameters[index].memory_order
         _check_memory(index, tensor)
-        plain = tensor.detach()
-        if plain.dtype is dtype and plain.device.type == "cpu" and not dtype.is_complex and _lies_in(plain, order):
-            # By far the most common, and the shortest way.
-            flat = plain.view(-1)
-        else:
-            flat = flatten(plain.resolve_conj().resolve_neg().to(dtype), order)
+        flat = flatten(tensor.detach().resolve_conj().resolve_neg().to(dtype), order)
         if encoding.is_exact:
-            self._bytes = bytes_of(flat.cpu().contiguous())
-        else:
-            self._flat = flat
+            flat = flat.cpu().contiguous()
+            self._address = flat.data_ptr()
+        self._flat = flat
         self._index = index
 
 
@@ -192,6 +199,8 @@ class FlatWriter:
         parameters: The job's, by index.
         narrowed: Has those added to it, by index, of which something comes in an encoding that is not exact.
         compares: Whether to look at what the tensors have had before, for `changed`.
+        on_written: Called with each tensor, and its index, all of whose elements have been written and that need not
+            wait for `flush`.
     """
 
     def __init__(
@@ -201,14 +210,20 @@ class FlatWriter:
         *,
         narrowed: set[int] | None = None,
         compares: bool = False,
+        on_written: Callable[[int, torch.Tensor], object] | None = None,
     ) -> None:
         self._compares = compares
+        self._on_written = on_written
+        # How many elements of those that have been begun are still to be written.
+        self._left: dict[int, int] = {}
         self._narrowed = set[int]() if narrowed is None else narrowed
         self.changed: set[int] = set()
         """If it compares: those that something else has been written into than they had."""
         self._tensors = tensors
         self._parameters = parameters
         self._flats: dict[int, torch.Tensor] = {}
+        self._addresses: dict[int, int] = {}
+        self._touched: set[int] = set()
         # Tensors that are not dense in the job's order: written to a copy first.
         self._copied: set[int] = set()
 
@@ -232,22 +247,60 @@ class FlatWriter:
         if payload.nbytes != due:
             raise ValueError(f"{payload.nbytes} bytes for {kind} of bucket {bucket.bucket_id}, which takes {due}")
         dtype, start = bucket.dtype_of(kind), 0
-        received = tensor_over(payload, dtype) if encoding.is_exact else None
+        source = address_of(payload) if encoding.is_exact else 0
         for piece, here in zip(bucket.slices, present, strict=True):
             if not here or not piece.length:
                 continue
-            into = self._flat(piece.parameter)[piece.offset : piece.end]
-            if received is None:
-                nbytes = encoding.payload_bytes(piece.length, dtype)
-                encoding.decode(payload[start : start + nbytes], into)
-                self._narrowed.add(piece.parameter)
-                start += nbytes
-                continue
-            elements = received[start : start + piece.length]
-            if self._compares and piece.parameter not in self.changed and not _same_bits(into, elements):
-                self.changed.add(piece.parameter)
-            copy_flat(into, elements)
-            start += piece.length
+            nbytes = encoding.payload_bytes(piece.length, dtype)
+            part, start = slice(start, start + nbytes), start + nbytes
+            address = self._address(piece.parameter, dtype) if encoding.is_exact and not self._compares else 0
+            if address:
+                copy_bytes(address + piece.offset * dtype.itemsize, source + part.start, nbytes)
+            else:
+                self._write_slice(piece, payload[part], dtype, encoding)
+            self._note(piece)
+
+    def _write_slice(self, piece: Slice, payload: memoryview, dtype: torch.dtype, encoding: Encoding) -> None:
+        into = self._flat(piece.parameter)[piece.offset : piece.end]
+        if not encoding.is_exact:
+            encoding.decode(payload, into)
+            self._narrowed.add(piece.parameter)
+            return
+        elements = tensor_over(payload, dtype)
+        if self._compares and piece.parameter not in self.changed and not _same_bits(into, elements):
+            self.changed.add(piece.parameter)
+        into.copy_(elements)
+
+    def _note(self, piece: Slice) -> None:
+        """A slice has been written."""
+        if self._on_written is None:
+            return
+        index = piece.parameter
+        left = self._left[index] = self._left.get(index, self._parameters[index].numel) - piece.length
+        if left <= 0 and index not in self._copied:
+            self._on_written(index, self._tensors[index])
+
+    @torch.no_grad()
+    def copy(self, bucket: Bucket, present: Sequence[bool], spans: Mapping[int, Span]) -> None:
+        """Writes the bucket's present slices, as they lie in memory that others write to as well.
+
+        Args:
+            bucket: The bucket.
+            present: Which of its slices there are.
+            spans: The bytes of whole parameters, by index, of the dtype that they travel in.
+        """
+        dtype = bucket.dtype
+        for piece, here in zip(bucket.slices, present, strict=True):
+            if here and piece.length:
+                start, nbytes = piece.offset * dtype.itemsize, piece.length * dtype.itemsize
+                source = spans[piece.parameter].address + start
+                address = self._address(piece.parameter, dtype)
+                if address:
+                    copy_bytes(address + start, source, nbytes)
+                else:
+                    there = tensor_over(memory_at(source, nbytes, spans[piece.parameter].owner), dtype)
+                    self._flat(piece.parameter)[piece.offset : piece.end].copy_(there)
+                self._note(piece)
 
     @torch.no_grad()
     def round(self, bucket: Bucket, present: Sequence[bool], encoding: Encoding) -> None:
@@ -266,19 +319,52 @@ class FlatWriter:
             permuted = tensor.detach().permute(order)
             permuted.copy_(self._flats[index].view(permuted.shape))
 
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Looks at the tensors that will be written to. Need not be called: see `FlatReader`."""
+        for index in indices:
+            self._look_at(index)
+
+    def _address(self, index: int, dtype: torch.dtype) -> int:
+        """Where a tensor's elements lie one after another in the host's memory, as `dtype`; 0 where they do not.
+
+        For somebody who is about to write there.
+        """
+        address = self._addresses.get(index, -1)
+        if address < 0:
+            address = self._look_at(index)
+        if not address or self._tensors[index].dtype is not dtype:
+            return 0
+        if index not in self._touched:
+            self._touched.add(index)
+            if not self._tensors[index].is_inference():
+                # As torch's own copies do, for autograd and for whoever watches a parameter.
+                torch.autograd.graph.increment_version(self._tensors[index])
+        return address
+
+    def _look_at(self, index: int) -> int:
+        span = _plain_span(self._tensors[index], self._parameters[index])
+        address = self._addresses[index] = 0 if span is None else span.address
+        return address
+
     def _flat(self, index: int) -> torch.Tensor:
         flat = self._flats.get(index)
         if flat is None:
             tensor, order = self._tensors[index].detach(), self._parameters[index].memory_order
             _check_memory(index, tensor)
-            if tensor.device.type == "cpu" and _lies_in(tensor, order):
-                flat = self._flats[index] = tensor.view(-1)
-                return flat
             flat = flatten(tensor, order)
             if flat.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
                 self._copied.add(index)
             self._flats[index] = flat
         return flat
+
+
+def _plain_span(tensor: torch.Tensor, parameter: Parameter) -> Span | None:
+    """Where a tensor's elements lie one after another in the host's memory; None where they do not, or are none."""
+    if not is_held(tensor) or tensor.device.type != "cpu" or not _lies_in(tensor, parameter.memory_order):
+        return None
+    if tensor.is_complex() or tensor.is_neg() or not has_memory(tensor):
+        return None
+    return Span(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor)
 
 
 def _lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:

@@ -134,7 +134,7 @@ def place(
             on_existing=ON_EXISTING[options.on_existing],
             aggregation=aggregation,
             apply=APPLY[options.apply],
-            bucket_bytes=options.bucket_bytes or encodings.bucket_bytes,
+            bucket_bytes=options.bucket_bytes or 0,
             max_grad_norm=options.max_grad_norm,
             nonfinite=NONFINITE[options.nonfinite],
             follows_rewind=options.on_rewind == "follow",

@@ -175,7 +175,7 @@ class OptimizerProxy(RemoteOptimizer):
         rewinds = session.rewinds
         push = self._step_here(session, tensors) if self._is_made_here() else self._push(session, tensors)
         with hooks.held_back():
-            receipt = session.step(push, tensors, rewinds=rewinds)
+            receipt = session.step(push, tensors, rewinds=rewinds, on_received=self._tracker.received)
             self.last_receipt = receipt
             self._settle()
             if push.grad_scale is not None and not push.skipped:

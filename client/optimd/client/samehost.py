@@ -1,16 +1,20 @@
-"""Memory that a worker shares with a server on its host: asked about, taken, offered."""
+"""Memory that a worker shares with a server on its host: asked about, taken, offered; and the server's, to be read."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 from optimd.client.exceptions import ConfigurationError
 from optimd.v1 import job_pb2, reading_pb2
+from optimd.wire.layout import Parameter
 from optimd.wire.rings import RingReader, RingWriter
-from optimd.wire.sharedmemory import FOLDER, RING_BYTES, Mapping, Segment, is_full
+from optimd.wire.sharedmemory import FOLDER, RING_BYTES, Mapping, NotSharedError, Segment, is_full
+from optimd.wire.sharedvalues import MappedValues
+from optimd.wire.tensors import Span, span_of
 
 _log = logging.getLogger("optimd.client")
 
@@ -59,6 +63,46 @@ class Offer:
     def close(self) -> None:
         """Removes the file, which nobody needs any more. May be called more than once, and from any thread."""
         self._segment.close()
+
+
+class ServerValues:
+    """The server's own values, where this process can read them. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, MappedValues] = {}
+        self.spans: dict[int, Span] = {}
+        """Where the values of the parameters are, by index. Must not be written to: that ends the process."""
+
+    @property
+    def are_mapped(self) -> bool:
+        """Whether there are any."""
+        return bool(self._files)
+
+    def map(self, said: Iterable[job_pb2.SharedValues], parameters: Sequence[Parameter]) -> None:
+        """Maps what the server has said, all of it or nothing.
+
+        Args:
+            said: `LayoutAccepted.values`.
+            parameters: The job's.
+        """
+        files, spans = dict[str, MappedValues](), dict[int, Span]()
+        try:
+            for each in said:
+                first, end = each.first_parameter, each.first_parameter + each.parameter_count
+                if end > len(parameters):
+                    # Of a group that this worker has not added yet.
+                    continue
+                known = self._files.get(each.name)
+                files[each.name] = file = known or MappedValues(each.name, each.token, parameters[first:end])
+                spans.update((index, span_of(flat)) for index, flat in enumerate(file.flats, first))
+        except NotSharedError as error:
+            _log.debug("the server's values are not read where they are: %s", error)
+            files, spans = {}, {}
+        self._files, self.spans = files, spans
+
+    def are_of(self, version: int) -> bool:
+        """Whether all that has been read until now is as it was with the `version`th change."""
+        return all(file.version == version for file in self._files.values())
 
 
 class SameHost:

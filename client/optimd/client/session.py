@@ -23,6 +23,7 @@ from optimd.client.statetransfer import RemoteEntry, read_state, state_messages
 from optimd.client.translation import exception_of
 from optimd.client.valuetransfer import write_values
 from optimd.v1 import training_pb2
+from optimd.wire.bundles import BUNDLE_BYTES
 from optimd.wire.codec import encode
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Parameter
@@ -211,7 +212,14 @@ class Session:
 
     # --- a step
 
-    def step(self, push: Push, tensors: Sequence[torch.Tensor], *, rewinds: int) -> StepReceipt:
+    def step(
+        self,
+        push: Push,
+        tensors: Sequence[torch.Tensor],
+        *,
+        rewinds: int,
+        on_received: Callable[[int, torch.Tensor], object],
+    ) -> StepReceipt:
         """Pushes gradients, changed hyperparameters, values and states; receives the updated parameters in place.
 
         Where the job is set back on the way, nothing is pushed: the receipt says "dropped_late", and the tensors have
@@ -221,6 +229,7 @@ class Session:
             push: What the worker brings.
             tensors: The parameters, in order, written to.
             rewinds: What `rewinds` was when the gradients were computed.
+            on_received: Called with each tensor, and its index, that has been received, while others still come.
 
         Returns:
             What became of the push.
@@ -243,7 +252,7 @@ class Session:
                 # The job has gone on: the push is too late, and is only to be answered.
                 opened.empty()
             try:
-                receipt = self._attempt(opened, tensors)
+                receipt = self._attempt(opened, tensors, on_received)
                 break
             except ConnectionLostError as error:
                 missed = self._line.take_up_again(error, written=push.values)
@@ -270,7 +279,9 @@ class Session:
             self.pull(tensors, push.values)
         return decode_receipt(receipt, resumed=resumed, bytes_sent=opened.sent, bytes_received=opened.received)
 
-    def _attempt(self, opened: _OpenStep, tensors: Sequence[torch.Tensor]) -> training_pb2.StepReceipt:
+    def _attempt(
+        self, opened: _OpenStep, tensors: Sequence[torch.Tensor], on_received: Callable[[int, torch.Tensor], object]
+    ) -> training_pb2.StepReceipt:
         """Pushes once, on the stream as it is.
 
         Raises:
@@ -295,6 +306,7 @@ class Session:
             skipped=push.skipped,
             without_gradients=not self.holds_gradients and all(grad is None for grad in push.grads),
             resumed=bool(opened.held),
+            maps_values=self._line.server_values.are_mapped,
         )
         with self._line.failing_for_good(), opened.counting(stream):
             stream.send(
@@ -307,9 +319,12 @@ class Session:
                     opened.held,
                     stream.ring,
                     encodings.gradients,
-                )
+                ),
+                small=sum(parameter.nbytes for parameter in self.parameters) <= BUNDLE_BYTES,
             )
-            writer = FlatWriter(tensors, self.parameters, narrowed=self._line.narrowed.indices)
+            writer = FlatWriter(tensors, self.parameters, narrowed=self._line.narrowed.indices, on_written=on_received)
+            writer.prepare(index for index, grad in enumerate(push.grads) if grad is not None)
+            in_place = False
             while True:
                 kind, message, frame = stream.expect("bucket", "receipt", "refused", "push_again")
                 if kind == "push_again":
@@ -317,11 +332,22 @@ class Session:
                     stream.send(repeated_messages(self._line.layout, push, again, stream.ring, encodings.gradients))
                 elif kind == "bucket":
                     opened.keep_values()
-                    write_values(writer, self._line.layout, message.bucket, frame.payload, stream.address)
+                    write_values(
+                        writer,
+                        self._line.layout,
+                        message.bucket,
+                        frame.payload,
+                        stream.address,
+                        self._line.server_values,
+                    )
+                    in_place = in_place or message.bucket.in_place
                 else:
                     break
             writer.flush()
             if kind == "receipt":
+                if in_place and not self._line.server_values.are_of(message.receipt.values_version):
+                    # What was read may be of two steps. The server has what it was, and what became of the push.
+                    raise ConnectionLostError("this worker was held to be lost, and the job has gone on without it")
                 self._settle(message.receipt)
         self._raise_refusal(kind, message)
         return message.receipt

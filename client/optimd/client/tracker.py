@@ -86,6 +86,10 @@ class ParameterTracker:
         self._dirty = set(kept)
         self._watch.remember(tensors)
 
+    def received(self, index: int, tensor: torch.Tensor) -> None:
+        """A tensor has been given the server's value: before `settle`, for which that leaves less to do."""
+        self._watch.look_at(index, tensor)
+
     def written(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """The parameters, by index, whose values are the program's and not the server's."""
         return self._dirty | self._replaced(tensors) | self._watch.changed(tensors)

@@ -13,6 +13,7 @@ from optimd.client.joblayout import JobLayout
 from optimd.client.narrowing import NarrowedValues
 from optimd.client.parameters import FlatReader, FlatWriter
 from optimd.client.progress import Progress
+from optimd.client.samehost import ServerValues
 from optimd.client.statetransfer import bucket_message
 from optimd.v1 import job_pb2, tensor_pb2
 from optimd.wire.encodings import encoding_for
@@ -139,18 +140,27 @@ def receive_values(
 
 
 def write_values(
-    writer: FlatWriter, layout: JobLayout, header: tensor_pb2.TensorBucket, payload: memoryview, address: str
+    writer: FlatWriter,
+    layout: JobLayout,
+    header: tensor_pb2.TensorBucket,
+    payload: memoryview,
+    address: str,
+    server_values: ServerValues | None = None,
 ) -> None:
-    """Writes a bucket of values that the server at `address` sent.
+    """Writes a bucket of values that the server at `address` sent, or left where it can be read.
 
     Raises:
         ProtocolError: it is none, or does not fit.
     """
     if header.kind != encode_kind(PARAMETER):
         raise ProtocolError(f"the server at {address} sent tensor kind {header.kind} where values were due")
+    spans = server_values.spans if server_values is not None else {}
     try:
         bucket = layout.bucket(header.bucket_id)
-        encoding = encoding_for(header.encoding, bucket.dtype)
-        writer.write(PARAMETER, bucket, unpack_present(header.present, len(bucket.slices)), payload, encoding)
+        present = unpack_present(header.present, len(bucket.slices))
+        if header.in_place and bucket.slices[0].parameter in spans:
+            writer.copy(bucket, present, spans)
+        else:
+            writer.write(PARAMETER, bucket, present, payload, encoding_for(header.encoding, bucket.dtype))
     except ValueError as error:
         raise ProtocolError(f"the server at {address} sent a bucket that does not fit: {error}") from error

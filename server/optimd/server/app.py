@@ -156,6 +156,8 @@ class Server:
         # C++ code, and the process aborts instead of exiting with 0.
         for thread in self._grpc_threads:
             thread.join(_THREAD_END_S)
+        for job in self.registry.all():
+            job.store.hide()
         if self._storage is not None:
             self._storage.stopping.set()
             self._storage.close()

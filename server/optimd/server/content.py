@@ -131,7 +131,7 @@ class JobContent:
                 raise JobMismatchError(
                     f"parameter {index} cannot keep the state of {origin}: its shape, dtype or memory order is another"
                 )
-        store = Store(self.store.device)
+        store = Store(self.store.device, shares=self.store.shares)
         store.add(parameters, self._cut(store, 0, sizes, parameters) if buckets is None else buckets)
         self._replacement = _Replacement(
             store=store, groups=[dict(group) for group in groups], sizes=list(sizes), carried=carried

@@ -124,6 +124,12 @@ class Job:
         """Its tensors: others once its parameters have been replaced."""
         return self._content.store
 
+    def share_values(self) -> None:
+        """Has its values lie where workers on this host can read them, if they stand still for that. Does not wait."""
+        with self._changed:
+            if self.pulling.stands_still:
+                self._content.store.share()
+
     @property
     def groups(self) -> Sequence[dict[str, Any]]:
         """The options of its param_groups."""
@@ -372,6 +378,7 @@ class Job:
         self.journal.give_up()
         with self._changed:
             self._company.phase = JobPhase.DELETED
+            self._content.store.hide()
             self.journal.close()
             self._changed.notify_all()
         self.history.end()

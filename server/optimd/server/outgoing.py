@@ -79,6 +79,14 @@ class Outgoing:
         self._departing.append(_Departing(bucket, present, finish, encoding))
         yield from self._depart(self._lag)
 
+    def put_in_place(self, bucket: Bucket, present: Sequence[bool]) -> Iterator[bytes]:
+        """What is to be sent now that the worker is to read the values of a bucket where they are."""
+        header = tensor_pb2.TensorBucket(
+            bucket_id=bucket.bucket_id, kind=encode_kind(PARAMETER), present=pack_present(present), in_place=True
+        )
+        self.placed_bytes += bucket.payload_bytes(PARAMETER, present, EXACT)
+        return self.put(training_pb2.TrainResponse(bucket=header).SerializeToString())
+
     def _depart(self, left: int = 0) -> Iterator[bytes]:
         """Sends the values that wait to be sent, but for the last so many."""
         while len(self._departing) > left:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from optimd.server.company import JobPhase
 from optimd.server.errors import JobMismatchError
 from optimd.server.member import Member
 from optimd.server.parts import JobParts
@@ -49,9 +50,10 @@ class Pulling:
         self._pushing = pushing
         # Where nothing can be applied while a worker is sent the step that it has a part in, that needs no lock.
         alone = parts.settings.world_size == 1
-        self._stands_still = not parts.settings.is_async and (
+        self.stands_still = not parts.settings.is_async and (
             alone or (parts.settings.apply == "atomic" and not parts.settings.backup_workers)
         )
+        """Whether the values that a worker's step led to stay as they are until its next one, or until it is lost."""
 
     def ready(self, push: OpenPush) -> list[tuple[int, list[bool]]]:
         """The applied buckets that a worker can be sent while it still pushes. Does not wait for others.
@@ -60,7 +62,7 @@ class Pulling:
         """
         if push.round is None or self._job.settings.apply != "streaming":
             return []
-        if self._stands_still:
+        if self.stands_still:
             return _hand_out(push, push.round)
         with self._changed:
             worker = push.member.worker
@@ -193,7 +195,7 @@ class Pulling:
         Raises:
             RequestError: what `Company.check_alive` raises.
         """
-        if unmoved and self._stands_still:
+        if unmoved and self.stands_still:
             return self._job.content.store.begin_read(bucket, present, encoding, transfers)
         with self._changed:
             self._job.company.check_alive(member)
@@ -207,6 +209,13 @@ class Pulling:
             views = finish()
             copied = [memoryview(payload_of(views))] if views else []
             return lambda: copied
+
+    def may_leave_in_place(self, push: OpenPush, bucket: Bucket, encoding: Encoding) -> bool:
+        """Whether a worker on this host may read a bucket of its step where it is, whenever it comes to that.
+
+        Should it be lost meanwhile, and others go on, it finds that out by `OpenPush.values_version`.
+        """
+        return self.stands_still and encoding.is_exact and push.store.is_shared(bucket)
 
     def confirm(self, member: Member) -> None:
         """A worker has gone on: it has all that it has been sent."""
@@ -228,9 +237,16 @@ class Pulling:
         Args:
             push: The push.
             catch_up: What `catch_up_of` gave.
+
+        Raises:
+            RequestError: what `Company.check_alive` raises: the values that it was sent may be of two steps.
         """
         member, aggregator = push.member, self._job.aggregator
         with self._changed:
+            if self.stands_still and self._job.company.phase is not JobPhase.DELETED:
+                # They were read without the lock: they stood still if nobody has gone on without this worker.
+                self._job.company.check_alive(member)
+                push.values_version = push.store.version
             answered = self._pushing.answered_locked(push)
             if answered is None:
                 answered = Receipt(

@@ -96,13 +96,13 @@ def _serve_begun(
         while True:
             split = SplitParameters(push.store, elsewhere=push.left_out) if owed is None else None
             for _ in _gradients(incoming, push.store, "step_end", take, split):
-                yield from _applied_values(outgoing, job, push, job.pulling.ready(push))
+                yield from _applied_values(outgoing, job, push, job.pulling.ready(push), begin)
                 if not incoming.has_next:
                     yield from outgoing.flush()
             owed = frozenset() if begin.skipped else job.pushing.missing(push)
             if not owed:
                 job.pushing.end(push, skipped=begin.skipped)
-                owed = yield from _serve_waiting(outgoing, job, push)
+                owed = yield from _serve_waiting(outgoing, job, push, begin)
             if not owed:
                 break
             again = training_pb2.PushAgain(buckets=sorted(owed))
@@ -120,10 +120,14 @@ def _serve_begun(
     job.journal.await_durable()
     wants_buffers = job.buffers.is_asked(push.member)
     answer = training_pb2.TrainResponse(receipt=encode_receipt(receipt, wants_buffers=wants_buffers))
+    if begin.maps_values:
+        answer.receipt.values_version = push.values_version
     yield from outgoing.put(encode(answer))
 
 
-def _serve_waiting(outgoing: Outgoing, job: Job, push: OpenPush) -> Generator[bytes, None, frozenset[int]]:
+def _serve_waiting(
+    outgoing: Outgoing, job: Job, push: OpenPush, begin: training_pb2.StepBegin
+) -> Generator[bytes, None, frozenset[int]]:
     """Hands out what is applied until the push is over, or buckets have to be pushed again; gives their ids."""
     while True:
         if push.round is not None and not push.round.is_over:
@@ -132,15 +136,22 @@ def _serve_waiting(outgoing: Outgoing, job: Job, push: OpenPush) -> Generator[by
         applied, owed = job.pulling.await_progress(push)
         if not applied:
             return owed
-        yield from _applied_values(outgoing, job, push, applied)
+        yield from _applied_values(outgoing, job, push, applied, begin)
 
 
 def _applied_values(
-    outgoing: Outgoing, job: Job, push: OpenPush, applied: list[tuple[int, list[bool]]]
+    outgoing: Outgoing,
+    job: Job,
+    push: OpenPush,
+    applied: list[tuple[int, list[bool]]],
+    begin: training_pb2.StepBegin,
 ) -> Iterator[bytes]:
     for bucket_id, present in applied:
         bucket = push.store.buckets[bucket_id]
         encoding = outgoing.encoding.of(bucket.dtype)
+        if begin.maps_values and job.pulling.may_leave_in_place(push, bucket, encoding):
+            yield from outgoing.put_in_place(bucket, present)
+            continue
         finish = job.pulling.begin_read(
             push.member, bucket, present, outgoing.transfers, unmoved=True, encoding=encoding
         )

@@ -53,6 +53,8 @@ class OpenPush:
     """Whether that was before it came, on a stream that broke."""
     left_out: frozenset[int] = frozenset()
     """The buckets that the worker leaves out, since it was told that they are there."""
+    values_version: int = 0
+    """The store's, when the worker had been sent all of its step, and nobody had gone on without it."""
 
 
 class Pushing:

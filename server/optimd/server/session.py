@@ -209,6 +209,8 @@ class TrainSession:
             member.groups = layout.groups
         entry = self._registry.enter(opening, layout, member, on_job=self._attach)
         job = entry.job
+        if self._incoming.shares_memory:
+            job.share_values()
         if returns:
             # What it was bringing when its line broke, it does not know to be there.
             del member.groups[len(layout.groups) :]
@@ -222,7 +224,7 @@ class TrainSession:
             job.step,
         )
         if entry.is_current:
-            accepted = self._accepted(job, creates=False, resumed=False, count=0)
+            accepted = self._accepted(job, job.store, creates=False, resumed=False, count=0)
             accepted.current = True
             yield encode(training_pb2.TrainResponse(layout_accepted=accepted))
             yield from self._ready(job, member, step=job.step, tells=True)
@@ -308,7 +310,7 @@ class TrainSession:
             joins: Whether the worker comes into the job with this.
             tells: Whether it is told what became of its last push.
         """
-        accepted = self._accepted(job, creates=creates, resumed=resumed, count=len(buckets))
+        accepted = self._accepted(job, store or job.store, creates=creates, resumed=resumed, count=len(buckets))
         yield encode(training_pb2.TrainResponse(layout_accepted=accepted))
         for page, last in paginate(encode_bucket(bucket) for bucket in buckets):
             table = tensor_pb2.BucketTablePage(buckets=page, last=last)
@@ -335,7 +337,8 @@ class TrainSession:
         yield from self._outgoing.flush()
         yield from self._ready(job, member, step=step, tells=tells)
 
-    def _accepted(self, job: Job, *, creates: bool, resumed: bool, count: int) -> job_pb2.LayoutAccepted:
+    def _accepted(self, job: Job, store: Store, *, creates: bool, resumed: bool, count: int) -> job_pb2.LayoutAccepted:
+        shared = store.shared.items() if self._incoming.shares_memory else ()
         return job_pb2.LayoutAccepted(
             send_values=creates,
             resumed=resumed,
@@ -344,6 +347,12 @@ class TrainSession:
             apply=encode_apply(job.settings),
             takes_bundles=True,
             shared_memory=self._incoming.shares_memory,
+            values=[
+                job_pb2.SharedValues(
+                    name=file.name, token=file.token, first_parameter=first, parameter_count=len(file.flats)
+                )
+                for first, file in shared
+            ],
             gradients=self._incoming.widener.encoding.number,
             parameters=self._outgoing.encoding.number,
         )

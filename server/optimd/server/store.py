@@ -8,6 +8,7 @@ its master weights, which are rounded where they are read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,9 +20,12 @@ from optimd.server.transfers import Transfers
 from optimd.wire.encodings import EXACT, Encoding, Part, part_of
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, Parameter, Slice
+from optimd.wire.sharedvalues import ValuesFile
 from optimd.wire.tensors import bytes_of
 
 # Integers of the sizes of the dtypes that workers can have in fewer bits than the store.
+_log = logging.getLogger(__name__)
+
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,6 +43,8 @@ class _BucketViews:
     values: list[torch.Tensor]
     steps: list[torch.Tensor]
     state: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
+    """The names of the state tensors of which all slices are there."""
 
 
 class Store:
@@ -48,10 +54,17 @@ class Store:
 
     Args:
         device: Where the tensors live.
+        shares: Whether values are to lie where workers on this host can read them, as `share` says.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, shares: bool = False) -> None:
         self.device = device
+        self.shares = shares and device.type == "cpu"
+        """Whether values are to lie where workers on this host can read them. There may be no memory for all."""
+        self.shared: dict[int, ValuesFile] = {}
+        """Memory of values that they can read, by its first parameter."""
+        self.version = 0
+        """How often values have changed."""
         self.parameters: list[Parameter] = []
         self.buckets: list[Bucket] = []
         self._values: list[torch.Tensor] = []
@@ -75,9 +88,9 @@ class Store:
 
         The values are undefined until `write_values` has been called for each of the buckets.
         """
+        self._values += self._memory(len(self.parameters), parameters)
         for parameter in parameters:
             self.parameters.append(parameter)
-            self._values.append(torch.empty(parameter.numel, dtype=parameter.server_dtype, device=self.device))
             self._state.append(ParameterState())
             self._places.append([])
         for bucket in buckets:
@@ -91,8 +104,56 @@ class Store:
             for position, piece in enumerate(bucket.slices):
                 self._places[piece.parameter].append((bucket.bucket_id, position))
 
+    def _memory(self, first: int, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
+        """Memory for the values of parameters, of which `first` is the first."""
+        if self.shares and parameters:
+            try:
+                file = ValuesFile.create(parameters)
+            except OSError as error:
+                _log.info("values are where workers on this host cannot read them: %s", error)
+            else:
+                self.shared[first] = file
+                file.change(self.version)
+                return file.flats
+        return [torch.empty(each.numel, dtype=each.server_dtype, device=self.device) for each in parameters]
+
+    def share(self) -> None:
+        """Moves values to where workers on this host can read them, and has those that are added later be there too.
+
+        Does nothing on a device, and where there is too little memory of that kind. What views of the values were given
+        out keep what they show.
+        """
+        if self.shares or self.device.type != "cpu":
+            return
+        self.shares = True
+        former, self._values = self._values, self._memory(0, self.parameters)
+        for value, old in zip(self._values, former, strict=True):
+            value.copy_(old)
+        for bucket, views in zip(self.buckets, self._views, strict=True):
+            views.values = [self._slice(self._values[piece.parameter], piece) for piece in bucket.slices]
+
+    def hide(self) -> None:
+        """No worker that comes from now on finds the values."""
+        for file in self.shared.values():
+            file.close()
+
+    def is_shared(self, bucket: Bucket) -> bool:
+        """Whether workers on this host can read a bucket's values where they are, in the dtype that they travel in."""
+        # The parameters of a bucket were added together.
+        one = bucket.slices[0].parameter
+        return bucket.server_dtype is bucket.dtype and any(
+            first <= one < first + len(file.flats) for first, file in self.shared.items()
+        )
+
+    def _change(self) -> None:
+        """Values are about to change."""
+        self.version += 1
+        for file in self.shared.values():
+            file.change(self.version)
+
     def truncate(self, parameter_count: int, bucket_count: int) -> None:
         """Drops the parameters and buckets that were added last, down to these numbers of them."""
+        self.shared = {first: file for first, file in self.shared.items() if first < parameter_count}
         for things in (self.parameters, self._values, self._state, self._places):
             del things[parameter_count:]
         del self.buckets[bucket_count:]
@@ -105,6 +166,7 @@ class Store:
             bucket: One of the store's.
             payload: Its elements, flat, on the CPU.
         """
+        self._change()
         pieces = torch.split(payload, [piece.length for piece in bucket.slices])
         for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
             view.copy_(piece.view_as(view))
@@ -205,6 +267,7 @@ class Store:
             present: Which of its slices there are.
             elements: Theirs, flat, on the CPU, in the dtype that the store keeps.
         """
+        self._change()
         pieces = [piece for piece, here in zip(bucket.slices, present, strict=True) if here]
         for piece, part in zip(pieces, torch.split(elements, [piece.length for piece in pieces]), strict=True):
             whole = self._values[piece.parameter]
@@ -242,16 +305,21 @@ class Store:
         reason = update.refusal(options, dtype, self.device)
         if reason is not None:
             raise RuntimeError(reason)
+        self._change()
         views = self._views[bucket.bucket_id]
         names = update.state_names(options)
         for name in names:
-            self._ensure_state(bucket, views, name, present)
+            if name not in views.complete:
+                self._ensure_state(bucket, views, name, present)
         self._place_steps(views, options, dtype)
         chosen = [position for position, here in enumerate(present) if here]
         update.update(
             [views.values[position] for position in chosen],
             [
-                grad.to(device=self.device, dtype=dtype).view_as(views.values[position])
+                # Most of them as they are: what torch's operators cost shows in a bucket of many slices.
+                grad
+                if grad.dtype is dtype and grad.shape == views.values[position].shape and grad.device == self.device
+                else grad.to(device=self.device, dtype=dtype).view_as(views.values[position])
                 for position, grad in zip(chosen, grads, strict=True)
             ],
             {name: [views.state[name][position] for position in chosen] for name in names},
@@ -271,6 +339,7 @@ class Store:
         Raises:
             RuntimeError: torch refuses the options.
         """
+        self._change()
         dtype = self.parameters[index].server_dtype
         entry = self._state[index]
         for name in update.state_names(options):
@@ -356,6 +425,7 @@ class Store:
             self.set_step(index, staged.steps.get(index, 0.0))
         for views in self._views:
             views.state.clear()
+            views.complete.clear()
 
     def install(self, staged: StagedState) -> None:
         """Puts staged values and states in place, parameter by parameter. What it does not name stays."""
@@ -375,6 +445,7 @@ class Store:
             value: Its elements, flat, in the parameter's own dtype, on the store's device.
             received_as: What the worker was given it in, or a part of it.
         """
+        self._change()
         kept = self._values[index]
         parameter = self.parameters[index]
         encoding = received_as.of(parameter.dtype)
@@ -403,8 +474,10 @@ class Store:
         self._state[index] = ParameterState(dict(tensors))
         self.set_step(index, step)
         for bucket_id, position in self._places[index]:
-            for views in self._views[bucket_id].state.values():
-                views[position] = torch.empty(0, dtype=self.buckets[bucket_id].server_dtype)
+            views = self._views[bucket_id]
+            views.complete.clear()
+            for slices in views.state.values():
+                slices[position] = torch.empty(0, dtype=self.buckets[bucket_id].server_dtype)
 
     def carry_state(self, index: int, other: Store, other_index: int) -> None:
         """Gives a parameter the state of an equal one of another store, which must not be used for it any more."""
@@ -428,6 +501,8 @@ class Store:
             if name not in tensors:
                 tensors[name] = torch.zeros_like(self._values[piece.parameter])
             known[position] = self._slice(tensors[name], piece)
+        if all(present):
+            views.complete.add(name)
 
     def _place_steps(self, views: _BucketViews, options: Mapping[str, Any], dtype: torch.dtype) -> None:
         """Moves the step counters where the kernel reads them; they stay unless the options changed."""

@@ -177,7 +177,7 @@ class LayoutPage(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ..., carried: _Optional[_Iterable[_Union[CarriedState, _Mapping]]] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
-    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "gradients", "parameters", "takes_bundles", "shared_memory")
+    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "gradients", "parameters", "takes_bundles", "shared_memory", "values")
     SEND_VALUES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,7 @@ class LayoutAccepted(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TAKES_BUNDLES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
     send_values: bool
     resumed: bool
     bucket_bytes: int
@@ -198,7 +199,20 @@ class LayoutAccepted(_message.Message):
     parameters: _tensor_pb2.PayloadEncoding
     takes_bundles: bool
     shared_memory: bool
-    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., gradients: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., parameters: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., takes_bundles: bool = ..., shared_memory: bool = ...) -> None: ...
+    values: _containers.RepeatedCompositeFieldContainer[SharedValues]
+    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., gradients: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., parameters: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., takes_bundles: bool = ..., shared_memory: bool = ..., values: _Optional[_Iterable[_Union[SharedValues, _Mapping]]] = ...) -> None: ...
+
+class SharedValues(_message.Message):
+    __slots__ = ("name", "token", "first_parameter", "parameter_count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    token: bytes
+    first_parameter: int
+    parameter_count: int
+    def __init__(self, name: _Optional[str] = ..., token: _Optional[bytes] = ..., first_parameter: _Optional[int] = ..., parameter_count: _Optional[int] = ...) -> None: ...
 
 class JobReady(_message.Message):
     __slots__ = ("job_step", "next_sequence", "load_count", "layout_count", "rank", "lease_s", "receipt_follows", "held_buckets", "rewound")

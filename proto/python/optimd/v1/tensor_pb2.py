@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optimd/v1/tensor.proto\x12\toptimd.v1\"\x8b\x01\n\rParameterSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.optimd.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x14\n\x0cmemory_order\x18\x04 \x03(\r\x12&\n\x0cmaster_dtype\x18\x05 \x01(\x0e\x32\x10.optimd.v1.Dtype\"@\n\x0b\x42ucketSlice\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\x9f\x01\n\nBucketSpec\x12\x11\n\tbucket_id\x18\x01 \x01(\r\x12\r\n\x05group\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.optimd.v1.Dtype\x12&\n\x06slices\x18\x04 \x03(\x0b\x32\x16.optimd.v1.BucketSlice\x12&\n\x0cmaster_dtype\x18\x05 \x01(\x0e\x32\x10.optimd.v1.Dtype\"G\n\x0f\x42ucketTablePage\x12&\n\x07\x62uckets\x18\x01 \x03(\x0b\x32\x15.optimd.v1.BucketSpec\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\xae\x01\n\x0cTensorBucket\x12\x11\n\tbucket_id\x18\x01 \x01(\r\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.optimd.v1.TensorKind\x12\x0f\n\x07present\x18\x03 \x01(\x0c\x12,\n\x08\x65ncoding\x18\x14 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\x12\'\n\tplacement\x18\n \x01(\x0b\x32\x14.optimd.v1.Placement\"-\n\tPlacement\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\r\"J\n\nBufferSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.optimd.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\"\x1d\n\x0b\x42ufferChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04*\xfa\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT64\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT16\x10\x04\x12\x13\n\x0f\x44TYPE_COMPLEX64\x10\x05\x12\x14\n\x10\x44TYPE_COMPLEX128\x10\x06\x12\x0f\n\x0b\x44TYPE_INT64\x10\x07\x12\x0f\n\x0b\x44TYPE_INT32\x10\x08\x12\x0f\n\x0b\x44TYPE_INT16\x10\t\x12\x0e\n\nDTYPE_INT8\x10\n\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x0b\x12\x0e\n\nDTYPE_BOOL\x10\x0c*\xb3\x01\n\nTensorKind\x12\x1b\n\x17TENSOR_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_KIND_PARAMETER\x10\x01\x12\x18\n\x14TENSOR_KIND_GRADIENT\x10\x02\x12\x17\n\x13TENSOR_KIND_EXP_AVG\x10\x03\x12\x1a\n\x16TENSOR_KIND_EXP_AVG_SQ\x10\x04\x12\x1e\n\x1aTENSOR_KIND_MAX_EXP_AVG_SQ\x10\x05*p\n\x0fPayloadEncoding\x12 \n\x1cPAYLOAD_ENCODING_UNSPECIFIED\x10\x00\x12\x1d\n\x19PAYLOAD_ENCODING_BFLOAT16\x10\x01\x12\x1c\n\x18PAYLOAD_ENCODING_FLOAT16\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optimd/v1/tensor.proto\x12\toptimd.v1\"\x8b\x01\n\rParameterSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.optimd.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x14\n\x0cmemory_order\x18\x04 \x03(\r\x12&\n\x0cmaster_dtype\x18\x05 \x01(\x0e\x32\x10.optimd.v1.Dtype\"@\n\x0b\x42ucketSlice\x12\x11\n\tparameter\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\x9f\x01\n\nBucketSpec\x12\x11\n\tbucket_id\x18\x01 \x01(\r\x12\r\n\x05group\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.optimd.v1.Dtype\x12&\n\x06slices\x18\x04 \x03(\x0b\x32\x16.optimd.v1.BucketSlice\x12&\n\x0cmaster_dtype\x18\x05 \x01(\x0e\x32\x10.optimd.v1.Dtype\"G\n\x0f\x42ucketTablePage\x12&\n\x07\x62uckets\x18\x01 \x03(\x0b\x32\x15.optimd.v1.BucketSpec\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\xc0\x01\n\x0cTensorBucket\x12\x11\n\tbucket_id\x18\x01 \x01(\r\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.optimd.v1.TensorKind\x12\x0f\n\x07present\x18\x03 \x01(\x0c\x12,\n\x08\x65ncoding\x18\x14 \x01(\x0e\x32\x1a.optimd.v1.PayloadEncoding\x12\'\n\tplacement\x18\n \x01(\x0b\x32\x14.optimd.v1.Placement\x12\x10\n\x08in_place\x18\x0b \x01(\x08\"-\n\tPlacement\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\r\"J\n\nBufferSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.optimd.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\"\x1d\n\x0b\x42ufferChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04*\xfa\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT64\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT16\x10\x04\x12\x13\n\x0f\x44TYPE_COMPLEX64\x10\x05\x12\x14\n\x10\x44TYPE_COMPLEX128\x10\x06\x12\x0f\n\x0b\x44TYPE_INT64\x10\x07\x12\x0f\n\x0b\x44TYPE_INT32\x10\x08\x12\x0f\n\x0b\x44TYPE_INT16\x10\t\x12\x0e\n\nDTYPE_INT8\x10\n\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x0b\x12\x0e\n\nDTYPE_BOOL\x10\x0c*\xb3\x01\n\nTensorKind\x12\x1b\n\x17TENSOR_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_KIND_PARAMETER\x10\x01\x12\x18\n\x14TENSOR_KIND_GRADIENT\x10\x02\x12\x17\n\x13TENSOR_KIND_EXP_AVG\x10\x03\x12\x1a\n\x16TENSOR_KIND_EXP_AVG_SQ\x10\x04\x12\x1e\n\x1aTENSOR_KIND_MAX_EXP_AVG_SQ\x10\x05*p\n\x0fPayloadEncoding\x12 \n\x1cPAYLOAD_ENCODING_UNSPECIFIED\x10\x00\x12\x1d\n\x19PAYLOAD_ENCODING_BFLOAT16\x10\x01\x12\x1c\n\x18PAYLOAD_ENCODING_FLOAT16\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=812
-  _globals['_DTYPE']._serialized_end=1062
-  _globals['_TENSORKIND']._serialized_start=1065
-  _globals['_TENSORKIND']._serialized_end=1244
-  _globals['_PAYLOADENCODING']._serialized_start=1246
-  _globals['_PAYLOADENCODING']._serialized_end=1358
+  _globals['_DTYPE']._serialized_start=830
+  _globals['_DTYPE']._serialized_end=1080
+  _globals['_TENSORKIND']._serialized_start=1083
+  _globals['_TENSORKIND']._serialized_end=1262
+  _globals['_PAYLOADENCODING']._serialized_start=1264
+  _globals['_PAYLOADENCODING']._serialized_end=1376
   _globals['_PARAMETERSPEC']._serialized_start=38
   _globals['_PARAMETERSPEC']._serialized_end=177
   _globals['_BUCKETSLICE']._serialized_start=179
@@ -46,11 +46,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUCKETTABLEPAGE']._serialized_start=407
   _globals['_BUCKETTABLEPAGE']._serialized_end=478
   _globals['_TENSORBUCKET']._serialized_start=481
-  _globals['_TENSORBUCKET']._serialized_end=655
-  _globals['_PLACEMENT']._serialized_start=657
-  _globals['_PLACEMENT']._serialized_end=702
-  _globals['_BUFFERSPEC']._serialized_start=704
-  _globals['_BUFFERSPEC']._serialized_end=778
-  _globals['_BUFFERCHUNK']._serialized_start=780
-  _globals['_BUFFERCHUNK']._serialized_end=809
+  _globals['_TENSORBUCKET']._serialized_end=673
+  _globals['_PLACEMENT']._serialized_start=675
+  _globals['_PLACEMENT']._serialized_end=720
+  _globals['_BUFFERSPEC']._serialized_start=722
+  _globals['_BUFFERSPEC']._serialized_end=796
+  _globals['_BUFFERCHUNK']._serialized_start=798
+  _globals['_BUFFERCHUNK']._serialized_end=827
 # @@protoc_insertion_point(module_scope)

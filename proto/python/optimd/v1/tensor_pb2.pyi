@@ -107,18 +107,20 @@ class BucketTablePage(_message.Message):
     def __init__(self, buckets: _Optional[_Iterable[_Union[BucketSpec, _Mapping]]] = ..., last: bool = ...) -> None: ...
 
 class TensorBucket(_message.Message):
-    __slots__ = ("bucket_id", "kind", "present", "encoding", "placement")
+    __slots__ = ("bucket_id", "kind", "present", "encoding", "placement", "in_place")
     BUCKET_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     bucket_id: int
     kind: TensorKind
     present: bytes
     encoding: PayloadEncoding
     placement: Placement
-    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ..., encoding: _Optional[_Union[PayloadEncoding, str]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+    in_place: bool
+    def __init__(self, bucket_id: _Optional[int] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., present: _Optional[bytes] = ..., encoding: _Optional[_Union[PayloadEncoding, str]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., in_place: bool = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("position", "nbytes")

@@ -26,7 +26,7 @@ STEP_OUTCOME_MERGED: StepOutcome
 STEP_OUTCOME_DROPPED_LATE: StepOutcome
 
 class StepBegin(_message.Message):
-    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients", "resumed")
+    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients", "resumed", "maps_values")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     GROUP_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class StepBegin(_message.Message):
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    MAPS_VALUES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base_step: int
     group_count: int
@@ -51,7 +52,8 @@ class StepBegin(_message.Message):
     skipped: bool
     without_gradients: bool
     resumed: bool
-    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ..., resumed: bool = ...) -> None: ...
+    maps_values: bool
+    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ..., resumed: bool = ..., maps_values: bool = ...) -> None: ...
 
 class StepEnd(_message.Message):
     __slots__ = ("bucket_count",)
@@ -60,7 +62,7 @@ class StepEnd(_message.Message):
     def __init__(self, bucket_count: _Optional[int] = ...) -> None: ...
 
 class StepReceipt(_message.Message):
-    __slots__ = ("sequence", "step", "outcome", "contributors", "partial_contributors", "hyperparameters_disagreed", "grad_norm", "pushed_differently", "wants_buffers", "staleness", "lag")
+    __slots__ = ("sequence", "step", "outcome", "contributors", "partial_contributors", "hyperparameters_disagreed", "grad_norm", "pushed_differently", "wants_buffers", "staleness", "lag", "values_version")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +74,7 @@ class StepReceipt(_message.Message):
     WANTS_BUFFERS_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     LAG_FIELD_NUMBER: _ClassVar[int]
+    VALUES_VERSION_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     step: int
     outcome: StepOutcome
@@ -83,7 +86,8 @@ class StepReceipt(_message.Message):
     wants_buffers: bool
     staleness: int
     lag: int
-    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., contributors: _Optional[_Iterable[int]] = ..., partial_contributors: _Optional[_Iterable[int]] = ..., hyperparameters_disagreed: bool = ..., grad_norm: _Optional[float] = ..., pushed_differently: _Optional[_Iterable[int]] = ..., wants_buffers: bool = ..., staleness: _Optional[int] = ..., lag: _Optional[int] = ...) -> None: ...
+    values_version: int
+    def __init__(self, sequence: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., contributors: _Optional[_Iterable[int]] = ..., partial_contributors: _Optional[_Iterable[int]] = ..., hyperparameters_disagreed: bool = ..., grad_norm: _Optional[float] = ..., pushed_differently: _Optional[_Iterable[int]] = ..., wants_buffers: bool = ..., staleness: _Optional[int] = ..., lag: _Optional[int] = ..., values_version: _Optional[int] = ...) -> None: ...
 
 class PushAgain(_message.Message):
     __slots__ = ("buckets",)

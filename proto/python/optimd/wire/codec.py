@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from optimd.wire.encodings import Encoded, Part, bytes_from
+from optimd.wire.encodings import Part, bytes_from
 from optimd.wire.limits import MAX_MESSAGE_BYTES
 
 _PAYLOAD_FIELD: Final = 15
@@ -60,11 +60,7 @@ def encode(message: Message, parts: Iterable[Part] = ()) -> bytes:
         )
     if not length:
         return header
-    header = b"".join((header, bytes((_PAYLOAD_TAG,)), varint(length)))
-    buffers = [piece for piece in pieces if not isinstance(piece, Encoded)]
-    if len(buffers) == len(pieces):
-        return b"".join((header, *buffers))
-    return bytes_from((memoryview(header), *pieces))
+    return bytes_from(b"".join((header, bytes((_PAYLOAD_TAG,)), varint(length))), pieces)
 
 
 def decode(message_type: type[M], data: bytes) -> tuple[M, Frame]:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from optimd.v1 import tensor_pb2
-from optimd.wire.tensors import bytes_of, copy_flat, tensor_over
+from optimd.wire.tensors import Span, address_of, bytes_of, copy_bytes, span_of, tensor_over
 
 
 class Encoding(ABC):
@@ -185,7 +185,7 @@ class Encoded:
         self.encoding.encode(self.flat, into)
 
 
-Part = memoryview | Encoded
+Part = memoryview | Span | Encoded
 """A part of a payload: bytes that are there, or elements that are encoded where they are written."""
 
 
@@ -197,7 +197,7 @@ def part_of(flat: torch.Tensor, encoding: Encoding, dtype: torch.dtype) -> Part:
         encoding: One that takes `dtype`.
         dtype: What dtype they count as.
     """
-    return bytes_of(flat.to(dtype).cpu()) if encoding.is_exact else Encoded(encoding, flat, dtype)
+    return span_of(flat.to(dtype).cpu()) if encoding.is_exact else Encoded(encoding, flat, dtype)
 
 
 # How C makes an object of bytes: without content, to be filled in before anybody else sees it. `bytes(n)` would write
@@ -214,27 +214,34 @@ def write_parts(parts: Iterable[Part], into: memoryview) -> None:
         parts: Its parts.
         into: Where to, as in `Encoding.encode`: as many bytes as they take.
     """
-    start = 0
+    address, start = address_of(into), 0
     for part in parts:
-        place = into[start : start + part.nbytes]
-        start += part.nbytes
-        if isinstance(part, Encoded):
-            part.write(place)
-        elif part.nbytes:
-            copy_flat(tensor_over(place, torch.uint8), tensor_over(part, torch.uint8))
+        end = start + part.nbytes
+        if isinstance(part, Span):
+            copy_bytes(address + start, part.address, part.nbytes)
+        elif isinstance(part, Encoded):
+            part.write(into[start:end])
+        else:
+            copy_bytes(address + start, address_of(part), part.nbytes)
+        start = end
 
 
 def payload_of(parts: Sequence[Part]) -> bytes:
     """A payload by itself: what it shows does not change any more."""
-    if len(parts) == 1 and not isinstance(parts[0], Encoded):
-        return bytes(parts[0])
-    return bytes_from(parts)
+    return bytes_from(b"", parts)
 
 
-def bytes_from(parts: Sequence[Part]) -> bytes:
-    """The concatenation of parts, each byte written once."""
-    data: bytes = _new_bytes(None, sum(part.nbytes for part in parts))
-    write_parts(parts, memoryview(data))
+def bytes_from(header: bytes, parts: Sequence[Part]) -> bytes:
+    """A header and the concatenation of parts, each byte written once."""
+    nbytes = len(header) + sum(part.nbytes for part in parts)
+    if not nbytes:
+        return b""
+    data: bytes = _new_bytes(None, nbytes)
+    view = memoryview(data)
+    start = len(header)
+    if header:
+        write_parts([Span(address_of(memoryview(header)), start, header)], view[:start])
+    write_parts(parts, view[start:])
     return data
 
 

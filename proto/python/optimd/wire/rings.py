@@ -24,8 +24,8 @@ ALIGNMENT: Final = 64
 SMALLEST_BYTES: Final = 32 * 1024
 """What is smaller is better off in its message."""
 
-ANNOUNCED_BYTES: Final = 2 * 1024 * 1024
-"""How much is written before the reader has to hear of it: a message costs about as much as the update of that."""
+ANNOUNCED_BYTES: Final = 6 * 1024 * 1024
+"""How much is written before the reader has to hear of it: a message costs a tenth of the update of that."""
 
 PATIENCE_S: Final = 0.05
 """How long the writer waits for room, in seconds. Then what it has goes another way."""

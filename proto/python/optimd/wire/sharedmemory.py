@@ -25,15 +25,16 @@ from typing import Final, Self
 from optimd.wire.rings import RingReader, RingWriter
 
 FOLDER: Final = Path("/dev/shm")  # noqa: S108  # what POSIX calls shared memory, on Linux
-RING_BYTES: Final = 8 * 1024 * 1024
-"""The size of a ring. What goes through it stays in the processor's cache: larger ones are slower."""
+RING_BYTES: Final = 12 * 1024 * 1024
+"""The size of a ring: four of the largest buckets. What goes through it stays in the processor's cache."""
 MAX_RING_BYTES: Final = 64 * 1024 * 1024
 """The largest ring that a server maps."""
 
 _PREFIX: Final = "optimd-"
 _NAME: Final = re.compile(re.escape(_PREFIX) + r"[0-9a-f]{32}")
 _TOKEN_BYTES: Final = 32
-_HEADER_BYTES: Final = mmap.PAGESIZE
+HEADER_BYTES: Final = 4096
+"""What lies before the rings, or the values."""
 # Each in a cache line of its own: one process writes it, the other reads it.
 _UP_DONE: Final = 128
 _DOWN_DONE: Final = 256
@@ -53,9 +54,9 @@ class Mapping:
     """
 
     def __init__(self, descriptor: int, up_bytes: int, down_bytes: int) -> None:
-        view = memoryview(mmap.mmap(descriptor, _HEADER_BYTES + up_bytes + down_bytes))
-        self._up = view[_HEADER_BYTES : _HEADER_BYTES + up_bytes]
-        self._down = view[_HEADER_BYTES + up_bytes :]
+        view = memoryview(mmap.mmap(descriptor, HEADER_BYTES + up_bytes + down_bytes))
+        self._up = view[HEADER_BYTES : HEADER_BYTES + up_bytes]
+        self._down = view[HEADER_BYTES + up_bytes :]
         self._up_done = view[_UP_DONE : _UP_DONE + 8].cast("Q")
         self._down_done = view[_DOWN_DONE : _DOWN_DONE + 8].cast("Q")
 
@@ -87,22 +88,7 @@ class Segment:
         Raises:
             OSError: there can be none.
         """
-        sweep()
-        while True:
-            path = FOLDER / f"{_PREFIX}{secrets.token_hex(16)}"
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            segment = cls(path, descriptor, secrets.token_bytes(_TOKEN_BYTES))
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                os.posix_fallocate(descriptor, 0, _HEADER_BYTES)
-                os.pwrite(descriptor, segment.token, 0)
-                if os.fstat(descriptor).st_nlink:
-                    return segment
-            except BaseException:
-                segment.close()
-                raise
-            # Somebody who sweeps has come between the first two lines.
-            segment.close()
+        return cls(*new_file())
 
     def reserve(self, ring_bytes: int = RING_BYTES) -> Mapping:
         """Takes the memory of both rings, all of it now: there is none to be missing later.
@@ -110,15 +96,49 @@ class Segment:
         Raises:
             OSError: there is not as much.
         """
-        os.posix_fallocate(self._descriptor, 0, _HEADER_BYTES + 2 * ring_bytes)
+        os.posix_fallocate(self._descriptor, 0, HEADER_BYTES + 2 * ring_bytes)
         return Mapping(self._descriptor, ring_bytes, ring_bytes)
 
     def close(self) -> None:
         """Removes the file. May be called more than once."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(descriptor)
+            remove_file(self._path, descriptor)
+
+
+def new_file() -> tuple[Path, int, bytes]:
+    """A new file with random bytes in it, as long as a header, locked.
+
+    Removes what others have left behind that are dead.
+
+    Returns:
+        Where it is, an open descriptor that holds the lock, and the bytes.
+
+    Raises:
+        OSError: there can be none.
+    """
+    sweep()
+    while True:
+        path = FOLDER / f"{_PREFIX}{secrets.token_hex(16)}"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.posix_fallocate(descriptor, 0, HEADER_BYTES)
+            os.pwrite(descriptor, token, 0)
+            if os.fstat(descriptor).st_nlink:
+                return path, descriptor, token
+        except BaseException:
+            remove_file(path, descriptor)
+            raise
+        # Somebody who sweeps has come between the first two lines.
+        remove_file(path, descriptor)
+
+
+def remove_file(path: Path, descriptor: int) -> None:
+    """Takes a file of `new_file` its name, and closes it."""
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def check_shared(name: str, token: bytes) -> None:
@@ -127,7 +147,7 @@ def check_shared(name: str, token: bytes) -> None:
     Raises:
         NotSharedError: it is not.
     """
-    os.close(_find(name, token))
+    os.close(find_file(name, token))
 
 
 def attach(name: str, token: bytes, up_bytes: int, down_bytes: int) -> Mapping:
@@ -136,12 +156,12 @@ def attach(name: str, token: bytes, up_bytes: int, down_bytes: int) -> Mapping:
     Raises:
         NotSharedError: it is not there, not this user's, or not as large.
     """
-    descriptor = _find(name, token)
+    descriptor = find_file(name, token)
     try:
         if not all(0 < size <= MAX_RING_BYTES and size % mmap.PAGESIZE == 0 for size in (up_bytes, down_bytes)):
             raise NotSharedError(f"rings of {up_bytes} and {down_bytes} bytes are none to share")
         status = os.fstat(descriptor)
-        if status.st_size < _HEADER_BYTES + up_bytes + down_bytes or status.st_blocks * 512 < status.st_size:
+        if status.st_size < HEADER_BYTES + up_bytes + down_bytes or status.st_blocks * 512 < status.st_size:
             raise NotSharedError("the memory has not been taken")
         return Mapping(descriptor, up_bytes, down_bytes)
     except (OSError, ValueError) as error:
@@ -180,8 +200,12 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
 
-def _find(name: str, token: bytes) -> int:
-    """A descriptor of the file."""
+def find_file(name: str, token: bytes) -> int:
+    """A descriptor of a file of `new_file` of another process on this host.
+
+    Raises:
+        NotSharedError: it is not there, or not of this user.
+    """
     if _NAME.fullmatch(name) is None or len(token) != _TOKEN_BYTES:
         raise NotSharedError("that is not the name of shared memory")
     try:
