@@ -868,14 +868,14 @@ def test_whoever_does_its_part_is_answered_in_time(schedule: list[int], rules: R
 def test_whoever_waits_for_the_end_of_a_step_that_it_is_not_in_sees_it_in_time(
     schedule: list[int], rules: Rules
 ) -> None:
-    """Though all in it may be silent from then on. Those that were asked to push again meanwhile have as long."""
+    """Though all in it may be silent from then on. Those that are asked to push again meanwhile have as long, each."""
     simulation = play(schedule, rules, lambda *_: None)
     open_step = simulation.step
     assume(open_step.begun)
     if not simulation.has_newcomer:
         simulation.play("newcomer", A, 0)
     push_again = not (rules.streaming or rules.separate)
-    for _ in range(2 if push_again else 1):
+    for _ in WORKERS if push_again else range(1):
         if simulation.step is open_step:
             simulation.play("tick", A, PAUSES_S.index(TIMEOUT_S))
     assert simulation.step is not open_step
