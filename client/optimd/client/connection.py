@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import grpc
@@ -75,6 +75,9 @@ class TrainStream:
         self._here: deque[bytes] = deque()
         self.takes_bundles = False
         """Whether the server reads bundles, as it has said."""
+        self.takes_ahead = False
+        """Whether it takes gradients ahead of their push."""
+        self._finish: Callable[[], object] = lambda: None
         self.bytes_received = 0
 
     @property
@@ -95,8 +98,20 @@ class TrainStream:
             small: Whether they are few bytes: then they are made before this returns, since to have another thread make
                 them takes as long again.
         """
+        self._finish()
         bundles = bundled(messages, self.ring) if self.takes_bundles else messages
         self._outbox.put(list(bundles) if small else bundles)
+
+    def send_until(self, messages: Iterable[bytes], finish: Callable[[], object]) -> None:
+        """Sends serialised messages, bundled by whoever makes them, as they are made. Does not wait.
+
+        Args:
+            messages: The messages. They come to their end once `finish` has been called.
+            finish: Called before anything else is sent, and when the stream ends. May be called more than once, and
+                from any thread.
+        """
+        self._finish = finish
+        self._outbox.put(messages)
 
     def receive(self) -> tuple[str, training_pb2.TrainResponse, Frame]:
         """The next message and the name of its kind. Blocks.
@@ -127,6 +142,7 @@ class TrainStream:
     def _take(self, accepted: job_pb2.LayoutAccepted) -> None:
         """The server has said what it knows how to do."""
         self.takes_bundles = accepted.takes_bundles
+        self.takes_ahead = accepted.takes_ahead
         if self.offer is None:
             return
         rings = self.offer.accept() if accepted.shared_memory else None
@@ -160,6 +176,7 @@ class TrainStream:
 
     def close_side(self) -> None:
         """Closes the worker's side, behind all that was sent. Does not wait; any thread may call it, more than once."""
+        self._finish()
         self._outbox.put(None)
 
     def finish(self) -> None:
@@ -174,6 +191,7 @@ class TrainStream:
 
     def cancel(self) -> None:
         """Ends the stream at once, without a word. May be called from any thread, and more than once."""
+        self._finish()
         self._outbox.put(None)
         self._call.cancel()
         if self.offer is not None:

@@ -155,6 +155,15 @@ class ProxyOptions:
     streaming with one worker and in an asynchronous job, atomic with several. Streaming with several synchronous
     workers, one that is lost midway has its gradients in some buckets and not in others."""
 
+    overlap: bool = False
+    """Whether gradients leave for the server while backward still computes others, rather than in `step()`. Nothing is
+    applied before `step()`, and parameters change only in it. A bucket leaves when all of its parameters have their
+    gradients; the last parameters come first. Run every backward but the last one before `step()` under
+    `Adam.no_sync()`; a second one outside of it raises. Gradients must not be changed between backward and `step()`:
+    clip with `max_grad_norm`, and instead of a `GradScaler` autocast to bfloat16, or use `nonfinite`. The server takes
+    as much memory as the gradients for each worker that does so; where it has none left they travel in `step()`. Each
+    worker's own choice."""
+
     transport: Literal["auto", "grpc", "shm"] = "auto"
     """How gradients and parameters travel in a step: in shared memory, which needs a server on the same host that runs
     as the same user, or in gRPC's messages. Auto: the first where it is to be had. Shm: an error where it is not."""

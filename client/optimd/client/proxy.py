@@ -6,7 +6,8 @@ import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -25,6 +26,7 @@ from optimd.client.exceptions import (
 )
 from optimd.client.jobline import JobLine
 from optimd.client.options import ProxyOptions, Sync
+from optimd.client.overlap import SCALED, Overlap
 from optimd.client.parameters import gradients, refuse_shared_memory, titles
 from optimd.client.placement import names, place
 from optimd.client.receipts import StepReceipt
@@ -48,6 +50,7 @@ class OptimizerProxy(RemoteOptimizer):
     _warned_of_disagreement: bool
     _server_step_hooks: ServerStepHooks | None
     _buffers: AttachedBuffers | None
+    _overlap: Overlap | None
     last_receipt: StepReceipt | None
     """What became of the last `step()`; None before the first."""
 
@@ -55,7 +58,7 @@ class OptimizerProxy(RemoteOptimizer):
         """An optimizer that has opened no job yet."""
         optimizer = super().__new__(cls, *args, **kwargs)
         optimizer._finalizer = optimizer.last_receipt = None
-        optimizer._server_step_hooks = optimizer._buffers = None
+        optimizer._server_step_hooks = optimizer._buffers = optimizer._overlap = None
         optimizer._warned_of_disagreement = False
         return optimizer
 
@@ -70,6 +73,10 @@ class OptimizerProxy(RemoteOptimizer):
         """
         options = options or ProxyOptions()
         self._requested = (server, options)
+        if options.overlap and self._is_made_here():
+            raise ConfigurationError(
+                f"{self._made_here_by} has the step made in the worker, which sends no gradients; leave overlap out"
+            )
         tensors = self._tensors()
         parameters = self._described(self.param_groups)
         refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
@@ -101,6 +108,8 @@ class OptimizerProxy(RemoteOptimizer):
             _adopt(group, options_of_job)
         session.acknowledge(self.param_groups)
         self._tracker = ParameterTracker(self._state_tensors)
+        if options.overlap:
+            self._overlap = Overlap(session)
         self._settle()
 
     # --- where it is
@@ -174,8 +183,13 @@ class OptimizerProxy(RemoteOptimizer):
         # What the job may be set back from on the way, the gradients belong to.
         rewinds = session.rewinds
         push = self._step_here(session, tensors) if self._is_made_here() else self._push(session, tensors)
+        ahead = None
+        if self._overlap is not None:
+            if push.grad_scale is not None or push.skipped:
+                raise ConfigurationError(SCALED)
+            ahead = self._overlap.complete(push.grads)
         with hooks.held_back():
-            receipt = session.step(push, tensors, rewinds=rewinds, on_received=self._tracker.received)
+            receipt = session.step(push, tensors, rewinds=rewinds, on_received=self._tracker.received, ahead=ahead)
             self.last_receipt = receipt
             self._settle()
             if push.grad_scale is not None and not push.skipped:
@@ -212,6 +226,11 @@ class OptimizerProxy(RemoteOptimizer):
             OptimdError: the gradients are not held. They are as they were.
         """
         self._own_hooks().refuse_in_hook("accumulate()")
+        if self._overlap is not None:
+            raise ConfigurationError(
+                "with ProxyOptions(overlap=True) gradients leave while backward runs. Run every backward but the last "
+                "one under `with optimizer.no_sync():`, which adds them up here, or leave overlap out"
+            )
         if self._is_made_here():
             raise ConfigurationError(
                 f"accumulate() leaves gradients to the server, and {self._made_here_by} has the step made in the worker"
@@ -223,6 +242,16 @@ class OptimizerProxy(RemoteOptimizer):
         session.accumulate(len(self.param_groups), grads, rewinds=rewinds)
         for tensor in tensors:
             tensor.grad = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A context in which backward only adds up gradients in this process, as torch's DDP has it.
+
+        For micro-batches with `ProxyOptions(overlap=True)`: run every backward but the last one in it. Without overlap
+        gradients stay here until `step()` anyway, and it does nothing. Does not reach the server.
+        """
+        with self._overlap.paused() if self._overlap is not None else nullcontext():
+            yield
 
     def push_parameters(self) -> None:
         """Has the next step bring all parameters as they are then, before anything is updated.
@@ -371,6 +400,8 @@ class OptimizerProxy(RemoteOptimizer):
             RuntimeError: the server holds something, and this is a server step hook.
             OptimdError: the server could not be told.
         """
+        if self._overlap is not None:
+            self._overlap.discard()
         if self._session is not None and self._session.holds_gradients:
             self._own_hooks().refuse_in_hook("zero_grad()")
             self._session.discard_accumulated()
@@ -423,6 +454,8 @@ class OptimizerProxy(RemoteOptimizer):
         if session is not None and finalizer is not None and finalizer.detach() is not None:
             names.give_back(session.job, session.worker_id)
             self._own_hooks().close()
+            if self._overlap is not None:
+                self._overlap.close()
             session.leave(failed=failed)
 
     def __enter__(self) -> Self:
@@ -435,6 +468,11 @@ class OptimizerProxy(RemoteOptimizer):
         self._leave(failed=error is not None)
 
     # --- inside
+
+    def _settle(self) -> None:
+        super()._settle()
+        if self._overlap is not None:
+            self._overlap.watch(self._tensors())
 
     def _set_back(self, step: int) -> None:
         """The job was set back to `step`, and the parameters are its: what came behind that is gone."""

@@ -12,9 +12,11 @@ from typing import Any, Final, TypeVar
 import torch
 
 from optimd.client import buffers
+from optimd.client.aheadpush import AheadPush
 from optimd.client.caretaker import caretaker
 from optimd.client.connection import StepStream, TrainStream
-from optimd.client.exceptions import AccumulationLostError, ConnectionLostError
+from optimd.client.exceptions import AccumulationLostError, ConnectionLostError, OptimdError
+from optimd.client.joblayout import JobLayout
 from optimd.client.jobline import JobLine, finish_on_devices
 from optimd.client.parameters import FlatWriter
 from optimd.client.pushes import Push, accumulation_messages, push_messages, pushed_entries, repeated_messages
@@ -212,6 +214,26 @@ class Session:
 
     # --- a step
 
+    @property
+    def layout(self) -> JobLayout:
+        """The job's parameters and buckets."""
+        return self._line.layout
+
+    def begin_ahead(self) -> AheadPush | None:
+        """Begins to send gradients before their push. Does not wait, and may be called from any thread.
+
+        Returns:
+            What to give them to; None where they have to wait for their push: the server does not take them, or the
+            line is down, which the push will see to.
+        """
+        try:
+            stream = self._line.stream()
+        except OptimdError:
+            return None
+        if not stream.takes_ahead or stream.has_ended or self.holds_gradients:
+            return None
+        return AheadPush(stream, self._line.layout, self.next_sequence, self._line.request.encodings.gradients)
+
     def step(
         self,
         push: Push,
@@ -219,6 +241,7 @@ class Session:
         *,
         rewinds: int,
         on_received: Callable[[int, torch.Tensor], object],
+        ahead: AheadPush | None = None,
     ) -> StepReceipt:
         """Pushes gradients, changed hyperparameters, values and states; receives the updated parameters in place.
 
@@ -230,6 +253,8 @@ class Session:
             tensors: The parameters, in order, written to.
             rewinds: What `rewinds` was when the gradients were computed.
             on_received: Called with each tensor, and its index, that has been received, while others still come.
+            ahead: What the gradients have been sent with, if they have. Those that the server does not have then are
+                pushed in full.
 
         Returns:
             What became of the push.
@@ -239,7 +264,7 @@ class Session:
         """
         finish_on_devices([*push.grads, *push.values.values()])
         # Before the line is looked at: the gradients are not of the parameters that may come with a new one.
-        opened = _OpenStep(push, base_step=self.job_step, narrowed=self._line.narrowed.indices)
+        opened = _OpenStep(push, base_step=self.job_step, narrowed=self._line.narrowed.indices, ahead=ahead)
         sequence, resumed = self.next_sequence, False
         missed: training_pb2.StepReceipt | None = None
         if self._line.rewinds == rewinds:
@@ -254,6 +279,12 @@ class Session:
             try:
                 receipt = self._attempt(opened, tensors, on_received)
                 break
+            except AccumulationLostError:
+                if opened.ahead is None:
+                    raise
+                # The server had no room for them, say.
+                opened.ahead = None
+                continue
             except ConnectionLostError as error:
                 missed = self._line.take_up_again(error, written=push.values)
             resumed = True
@@ -289,6 +320,8 @@ class Session:
             OptimdError: the push is refused, or has failed for good.
         """
         stream, push = self._line.stream(), opened.push
+        ahead = opened.sent_ahead(stream, self.next_sequence)
+        everything = range(len(self._line.layout.buckets))
         # Here, not where they are sent: what cannot be encoded must not cost the stream.
         group_pages = [page for page, _ in paginate(self._line.groups.tell(push.groups)) if page]
         encodings = self._line.request.encodings
@@ -307,8 +340,9 @@ class Session:
             without_gradients=not self.holds_gradients and all(grad is None for grad in push.grads),
             resumed=bool(opened.held),
             maps_values=self._line.server_values.are_mapped,
+            ahead=ahead is not None,
         )
-        with self._line.failing_for_good(), opened.counting(stream):
+        with self._line.failing_for_good(), opened.counting(stream, None if ahead is None else ahead.sent_before):
             stream.send(
                 push_messages(
                     self._line.layout,
@@ -316,7 +350,7 @@ class Session:
                     begin,
                     group_pages,
                     pushed_pages,
-                    opened.held,
+                    opened.held if ahead is None else everything,
                     stream.ring,
                     encodings.gradients,
                 ),
@@ -602,10 +636,15 @@ class _OpenStep:
         push: What the worker brings.
         base_step: The job step that its gradients are of the parameters of.
         narrowed: The parameters whose values came narrowed.
+        ahead: As in `Session.step`.
     """
 
-    def __init__(self, push: Push, *, base_step: int, narrowed: Collection[int] = ()) -> None:
+    def __init__(
+        self, push: Push, *, base_step: int, narrowed: Collection[int] = (), ahead: AheadPush | None = None
+    ) -> None:
         self.push = push
+        self.ahead = ahead
+        """What its gradients have been sent with, on the stream that they were sent on."""
         self.base_step = base_step
         self.narrowed = frozenset(narrowed).intersection(push.values)
         """Those of the values of the push that came narrowed before they were changed."""
@@ -620,6 +659,14 @@ class _OpenStep:
         """Nothing is to be pushed any more."""
         self.push = dataclasses.replace(self.push, grads=[None] * len(self.push.grads), values={}, states={})
         self.held = frozenset()
+        self.ahead = None
+
+    def sent_ahead(self, stream: TrainStream, sequence: int) -> AheadPush | None:
+        """What the gradients have been sent with, if that was on this stream, and for the push that is due."""
+        ahead = self.ahead
+        if ahead is None or ahead.stream is not stream or ahead.sequence != sequence or not ahead.is_complete:
+            self.ahead = None
+        return self.ahead
 
     def keep_values(self) -> None:
         """Parameters are about to be received into the tensors whose values the push has brought.
@@ -633,9 +680,10 @@ class _OpenStep:
             self.push = dataclasses.replace(self.push, values=values)
 
     @contextmanager
-    def counting(self, stream: TrainStream) -> Iterator[None]:
-        """Counts what goes over a stream in the block."""
-        sent, received = stream.bytes_sent, stream.bytes_received
+    def counting(self, stream: TrainStream, sent_before: int | None = None) -> Iterator[None]:
+        """Counts what goes over a stream in the block, or has since `sent_before` was what had been sent."""
+        sent = stream.bytes_sent if sent_before is None else sent_before
+        received = stream.bytes_received
         try:
             yield
         finally:

@@ -373,6 +373,20 @@ class Job:
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._aggregator.is_open, timeout_s)
 
+    def take_ahead(self, member: Member) -> None:
+        """A worker is about to send gradients ahead of its push. Does not wait.
+
+        Raises:
+            RequestError: what `Company.check_alive` raises.
+            LimitExceededError: the job would take too much.
+        """
+        with self._changed:
+            self._company.check_alive(member)
+            needed = self._content.store.value_bytes
+            if needed > member.ahead_bytes:
+                self._check_room_locked(needed - member.ahead_bytes, "the gradients that are sent ahead")
+                member.ahead_bytes = needed
+
     def delete(self) -> None:
         """Ends the job: whoever waits for it gets `JobDeletedError`."""
         self.journal.give_up()
@@ -594,7 +608,9 @@ class Job:
 
     def _check_room_locked(self, nbytes: int, what: str) -> None:
         taken = self._content.full_bytes + self.buffers.nbytes_locked
-        taken += sum(member.reserved_bytes + member.held.nbytes for member in self._company.members.values())
+        taken += sum(
+            member.reserved_bytes + member.held.nbytes + member.ahead_bytes for member in self._company.members.values()
+        )
         if taken + nbytes > self._max_bytes:
             raise LimitExceededError(
                 f"{what} would take {nbytes} bytes, and the job takes {taken} of {self._max_bytes} that this server "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 
+from optimd.server.ahead import AheadGradients
 from optimd.server.answers import decode_options, refusal
 from optimd.server.errors import (
     AccumulationLostError,
@@ -34,9 +35,14 @@ from optimd.wire.layout import Bucket
 
 
 def serve_step(
-    incoming: Incoming, outgoing: Outgoing, job: Job, member: Member, begin: training_pb2.StepBegin
+    incoming: Incoming,
+    outgoing: Outgoing,
+    job: Job,
+    member: Member,
+    begin: training_pb2.StepBegin,
+    ahead: AheadGradients,
 ) -> Iterator[bytes]:
-    """A push, from StepBegin on.
+    """A push, from StepBegin on. Uses up what has come `ahead` of it.
 
     Raises:
         RequestError: the stream cannot go on.
@@ -46,6 +52,8 @@ def serve_step(
         for group in message.param_groups.groups:
             job.pushing.set_hyperparameters(member, group.index, decode_options(group))
     try:
+        if begin.ahead:
+            ahead.check(begin.sequence, job.store)
         push = job.pushing.begin(
             member,
             sequence=begin.sequence,
@@ -66,14 +74,20 @@ def serve_step(
         yield refusal(error)
         return
     try:
-        yield from _serve_begun(incoming, outgoing, job, push, begin)
+        yield from _serve_begun(incoming, outgoing, job, push, begin, ahead if begin.ahead else None)
         yield from outgoing.flush()
     finally:
+        ahead.forget()
         job.pushing.finished(member)
 
 
 def _serve_begun(
-    incoming: Incoming, outgoing: Outgoing, job: Job, push: OpenPush, begin: training_pb2.StepBegin
+    incoming: Incoming,
+    outgoing: Outgoing,
+    job: Job,
+    push: OpenPush,
+    begin: training_pb2.StepBegin,
+    ahead: AheadGradients | None,
 ) -> Iterator[bytes]:
     if begin.pushed_pages:
         try:
@@ -95,6 +109,12 @@ def _serve_begun(
     try:
         while True:
             split = SplitParameters(push.store, elsewhere=push.left_out) if owed is None else None
+            if ahead is not None and split is not None:
+                for bucket, present, payload in ahead.take():
+                    split.see(bucket, present)
+                    take(bucket, present, payload)
+                    yield from _applied_values(outgoing, job, push, job.pulling.ready(push), begin)
+                    yield from outgoing.flush()
             for _ in _gradients(incoming, push.store, "step_end", take, split):
                 yield from _applied_values(outgoing, job, push, job.pulling.ready(push), begin)
                 if not incoming.has_next:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from optimd.server import update
 from optimd.server.aggregation import Worker
+from optimd.server.ahead import AheadGradients
 from optimd.server.answers import DECLINED, decode_options, refusal
 from optimd.server.bringing import AdoptedGroups, LoadedState
 from optimd.server.bufferexchange import attach_buffers, push_buffers, receive_first_buffers
@@ -75,6 +76,7 @@ class TrainSession:
         self._shares_memory = shares_memory
         self._incoming = Incoming(requests, self._hear)
         self._outgoing = Outgoing(registry.device)
+        self._ahead = AheadGradients()
         self._is_active = is_active
         self._cancel = cancel
         self._job: Job | None = None
@@ -152,7 +154,9 @@ class TrainSession:
                 job.buffers.decline(member)
             match kind:
                 case "step_begin":
-                    yield from serve_step(self._incoming, self._outgoing, job, member, message.step_begin)
+                    yield from serve_step(self._incoming, self._outgoing, job, member, message.step_begin, self._ahead)
+                case "push_ahead":
+                    self._ahead.receive(self._incoming, job, member, message.push_ahead)
                 case "accumulate":
                     yield from serve_accumulate(self._incoming, job, member, message.accumulate)
                 case "discard_accumulated":
@@ -346,6 +350,7 @@ class TrainSession:
             bucket_count=count,
             apply=encode_apply(job.settings),
             takes_bundles=True,
+            takes_ahead=True,
             shared_memory=self._incoming.shares_memory,
             values=[
                 job_pb2.SharedValues(

@@ -177,7 +177,7 @@ class LayoutPage(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[_param_group_pb2.ParamGroup, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_tensor_pb2.ParameterSpec, _Mapping]]] = ..., last: bool = ..., carried: _Optional[_Iterable[_Union[CarriedState, _Mapping]]] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
-    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "gradients", "parameters", "takes_bundles", "shared_memory", "values")
+    __slots__ = ("send_values", "resumed", "bucket_bytes", "bucket_count", "apply", "current", "gradients", "parameters", "takes_bundles", "shared_memory", "values", "takes_ahead")
     SEND_VALUES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +189,7 @@ class LayoutAccepted(_message.Message):
     TAKES_BUNDLES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    TAKES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     send_values: bool
     resumed: bool
     bucket_bytes: int
@@ -200,7 +201,8 @@ class LayoutAccepted(_message.Message):
     takes_bundles: bool
     shared_memory: bool
     values: _containers.RepeatedCompositeFieldContainer[SharedValues]
-    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., gradients: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., parameters: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., takes_bundles: bool = ..., shared_memory: bool = ..., values: _Optional[_Iterable[_Union[SharedValues, _Mapping]]] = ...) -> None: ...
+    takes_ahead: bool
+    def __init__(self, send_values: bool = ..., resumed: bool = ..., bucket_bytes: _Optional[int] = ..., bucket_count: _Optional[int] = ..., apply: _Optional[_Union[ApplyMode, str]] = ..., current: bool = ..., gradients: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., parameters: _Optional[_Union[_tensor_pb2.PayloadEncoding, str]] = ..., takes_bundles: bool = ..., shared_memory: bool = ..., values: _Optional[_Iterable[_Union[SharedValues, _Mapping]]] = ..., takes_ahead: bool = ...) -> None: ...
 
 class SharedValues(_message.Message):
     __slots__ = ("name", "token", "first_parameter", "parameter_count")

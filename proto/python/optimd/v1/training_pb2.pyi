@@ -26,7 +26,7 @@ STEP_OUTCOME_MERGED: StepOutcome
 STEP_OUTCOME_DROPPED_LATE: StepOutcome
 
 class StepBegin(_message.Message):
-    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients", "resumed", "maps_values")
+    __slots__ = ("sequence", "base_step", "group_count", "load_count", "param_group_pages", "layout_count", "pushed_pages", "micro", "grad_scale", "skipped", "without_gradients", "resumed", "maps_values", "ahead")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     GROUP_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class StepBegin(_message.Message):
     WITHOUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     MAPS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base_step: int
     group_count: int
@@ -53,7 +54,8 @@ class StepBegin(_message.Message):
     without_gradients: bool
     resumed: bool
     maps_values: bool
-    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ..., resumed: bool = ..., maps_values: bool = ...) -> None: ...
+    ahead: bool
+    def __init__(self, sequence: _Optional[int] = ..., base_step: _Optional[int] = ..., group_count: _Optional[int] = ..., load_count: _Optional[int] = ..., param_group_pages: _Optional[int] = ..., layout_count: _Optional[int] = ..., pushed_pages: _Optional[int] = ..., micro: _Optional[int] = ..., grad_scale: _Optional[float] = ..., skipped: bool = ..., without_gradients: bool = ..., resumed: bool = ..., maps_values: bool = ..., ahead: bool = ...) -> None: ...
 
 class StepEnd(_message.Message):
     __slots__ = ("bucket_count",)
@@ -106,6 +108,20 @@ class Accumulate(_message.Message):
     group_count: int
     layout_count: int
     def __init__(self, sequence: _Optional[int] = ..., micro: _Optional[int] = ..., group_count: _Optional[int] = ..., layout_count: _Optional[int] = ...) -> None: ...
+
+class PushAhead(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class PushAheadEnd(_message.Message):
+    __slots__ = ("bucket_count", "complete")
+    BUCKET_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    bucket_count: int
+    complete: bool
+    def __init__(self, bucket_count: _Optional[int] = ..., complete: bool = ...) -> None: ...
 
 class AccumulateEnd(_message.Message):
     __slots__ = ("bucket_count",)
@@ -198,7 +214,7 @@ class Leave(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("open", "layout", "step_begin", "param_groups", "bucket", "step_end", "add_param_group", "load_state", "state_dict", "load_state_end", "leave", "buffer_chunk", "accumulate", "accumulate_end", "discard_accumulated", "pushed", "replace_layout", "attach_buffers", "buffers", "push_buffers", "payload", "bundled")
+    __slots__ = ("open", "layout", "step_begin", "param_groups", "bucket", "step_end", "add_param_group", "load_state", "state_dict", "load_state_end", "leave", "buffer_chunk", "accumulate", "accumulate_end", "discard_accumulated", "pushed", "replace_layout", "attach_buffers", "buffers", "push_buffers", "push_ahead", "push_ahead_end", "payload", "bundled")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     STEP_BEGIN_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +235,8 @@ class TrainRequest(_message.Message):
     ATTACH_BUFFERS_FIELD_NUMBER: _ClassVar[int]
     BUFFERS_FIELD_NUMBER: _ClassVar[int]
     PUSH_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    PUSH_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    PUSH_AHEAD_END_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     BUNDLED_FIELD_NUMBER: _ClassVar[int]
     open: _job_pb2.OpenJob
@@ -241,9 +259,11 @@ class TrainRequest(_message.Message):
     attach_buffers: AttachBuffers
     buffers: BuffersPage
     push_buffers: PushBuffers
+    push_ahead: PushAhead
+    push_ahead_end: PushAheadEnd
     payload: bytes
     bundled: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., accumulate: _Optional[_Union[Accumulate, _Mapping]] = ..., accumulate_end: _Optional[_Union[AccumulateEnd, _Mapping]] = ..., discard_accumulated: _Optional[_Union[DiscardAccumulated, _Mapping]] = ..., pushed: _Optional[_Union[_state_dict_pb2.PushedPage, _Mapping]] = ..., replace_layout: _Optional[_Union[ReplaceLayout, _Mapping]] = ..., attach_buffers: _Optional[_Union[AttachBuffers, _Mapping]] = ..., buffers: _Optional[_Union[BuffersPage, _Mapping]] = ..., push_buffers: _Optional[_Union[PushBuffers, _Mapping]] = ..., payload: _Optional[bytes] = ..., bundled: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[_job_pb2.OpenJob, _Mapping]] = ..., layout: _Optional[_Union[_job_pb2.LayoutPage, _Mapping]] = ..., step_begin: _Optional[_Union[StepBegin, _Mapping]] = ..., param_groups: _Optional[_Union[_param_group_pb2.ParamGroupsPage, _Mapping]] = ..., bucket: _Optional[_Union[_tensor_pb2.TensorBucket, _Mapping]] = ..., step_end: _Optional[_Union[StepEnd, _Mapping]] = ..., add_param_group: _Optional[_Union[AddParamGroup, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., state_dict: _Optional[_Union[_state_dict_pb2.StateDictPage, _Mapping]] = ..., load_state_end: _Optional[_Union[LoadStateEnd, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., buffer_chunk: _Optional[_Union[_tensor_pb2.BufferChunk, _Mapping]] = ..., accumulate: _Optional[_Union[Accumulate, _Mapping]] = ..., accumulate_end: _Optional[_Union[AccumulateEnd, _Mapping]] = ..., discard_accumulated: _Optional[_Union[DiscardAccumulated, _Mapping]] = ..., pushed: _Optional[_Union[_state_dict_pb2.PushedPage, _Mapping]] = ..., replace_layout: _Optional[_Union[ReplaceLayout, _Mapping]] = ..., attach_buffers: _Optional[_Union[AttachBuffers, _Mapping]] = ..., buffers: _Optional[_Union[BuffersPage, _Mapping]] = ..., push_buffers: _Optional[_Union[PushBuffers, _Mapping]] = ..., push_ahead: _Optional[_Union[PushAhead, _Mapping]] = ..., push_ahead_end: _Optional[_Union[PushAheadEnd, _Mapping]] = ..., payload: _Optional[bytes] = ..., bundled: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
     __slots__ = ("layout_accepted", "bucket_table", "layout", "bucket", "ready", "receipt", "load_state_accepted", "state_loaded", "refused", "accumulated", "buffer_chunk", "buffers_accepted", "buffers_held", "push_again", "payload", "bundled")

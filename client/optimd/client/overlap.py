@@ -1,0 +1,234 @@
+"""Sending gradients while backward still computes others."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
+
+from optimd.client.aheadpush import AheadPush
+from optimd.client.exceptions import ConfigurationError
+from optimd.client.parameters import is_held
+from optimd.client.session import Session
+from optimd.wire.layout import Bucket
+
+_SECOND = (
+    "a second backward has added to gradients that have left for the server (ProxyOptions(overlap=True)). Run every "
+    "backward but the last one before step() under `with optimizer.no_sync():`, and call optimizer.zero_grad() where "
+    "no step() is to follow. Where one backward comes to a parameter twice, as reentrant checkpointing of modules that "
+    "share it does, use torch.utils.checkpoint(..., use_reentrant=False)"
+)
+
+_CHANGED = (
+    "gradients were changed after backward, when they had left for the server already (ProxyOptions(overlap=True)); "
+    "nothing was applied. To clip, use ProxyOptions(max_grad_norm=...), which has the server do it; instead of a "
+    'GradScaler, autocast to torch.bfloat16, or use ProxyOptions(nonfinite="skip"). zero_grad() discards what has '
+    "left; for other changes, leave overlap out"
+)
+
+SCALED = (
+    "a GradScaler knows whether gradients are infinite when all of them are computed, and with "
+    "ProxyOptions(overlap=True) they leave for the server before that; nothing was applied. Autocast to "
+    "torch.bfloat16, which needs no scaler, or have the server skip infinite gradients: "
+    'ProxyOptions(nonfinite="skip")'
+)
+
+
+class _Left:
+    """A gradient that has left, as it was then. Does not keep it."""
+
+    def __init__(self, grad: torch.Tensor) -> None:
+        self._memory = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
+        self._pointer = grad.data_ptr()
+        self._version = grad._version  # noqa: SLF001  # torch has no other name for it
+
+    def writes_to(self, grad: torch.Tensor) -> int:
+        """How often it has been written to since, if `grad` is it; -1 where that is another."""
+        if self._memory.expired() or grad.data_ptr() != self._pointer:  # type: ignore[no-untyped-call]  # torch's
+            return -1
+        return int(grad._version) - self._version  # noqa: SLF001
+
+
+class Overlap:
+    """Has the gradients of parameters leave for the server from hooks, bucket by bucket, as backward comes to them.
+
+    A bucket leaves when all of its parameters that require a gradient have theirs; what has not left by `step()` leaves
+    then. Nothing is applied before that. Hooks do not wait for the line, and keep nothing alive.
+
+    Thread-safe: autograd calls hooks in threads of its own.
+
+    Args:
+        session: The job. What it sends else ends what is being sent ahead, which then is pushed whole in the step.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        # All below: guarded by self._lock.
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._tensors: list[weakref.ref[torch.Tensor]] = []
+        self._index: dict[int, int] = {}
+        self._pauses = 0
+        self._push: AheadPush | None = None
+        self._left: dict[int, _Left] = {}
+        # Of the push that is open: buckets that have left, with which of their slices, and how many parameters the
+        # others wait for.
+        self._sent: dict[int, list[bool]] = {}
+        self._waiting: dict[int, int] = {}
+        self._buckets_of: dict[int, list[Bucket]] = {}
+
+    def watch(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Looks after these parameters from now on, in order of their indices, and no others. Not during backward."""
+        with self._lock:
+            self._index = {id(tensor): index for index, tensor in enumerate(tensors)}
+            self._tensors = [weakref.ref(tensor) for tensor in tensors]
+            for key in self._hooks.keys() - self._index.keys():
+                self._hooks.pop(key).remove()
+            here = weakref.ref(self)
+
+            def hook(tensor: torch.Tensor) -> None:
+                overlap = here()
+                if overlap is not None:
+                    overlap._has_gradient(tensor)  # noqa: SLF001  # its own
+
+            for tensor in tensors:
+                if id(tensor) not in self._hooks and tensor.requires_grad and is_held(tensor):
+                    handle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+                    # Another tensor may come to lie where one was.
+                    weakref.finalize(tensor, self._hooks.pop, id(tensor), None)
+                    self._hooks[id(tensor)] = handle
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gradients stay here meanwhile, and are added up."""
+        with self._lock:
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+
+    def discard(self) -> None:
+        """What has left is not to be stepped with. Does not wait for the server."""
+        with self._lock:
+            self._discard_locked()
+
+    def close(self) -> None:
+        """Lets go of the parameters."""
+        with self._lock:
+            self._discard_locked()
+            while self._hooks:
+                self._hooks.popitem()[1].remove()
+
+    def complete(self, grads: Sequence[torch.Tensor | None]) -> AheadPush | None:
+        """Sends what has not left yet: all of the next push's gradients are under way then.
+
+        Args:
+            grads: As in `Push`.
+
+        Returns:
+            What they are sent with; None where they have to be pushed in the step, all of them.
+
+        Raises:
+            ConfigurationError: gradients that have left were changed.
+        """
+        with self._lock:
+            push, is_cleared = self._push, False
+            for index, left in self._left.items():
+                grad = grads[index] if index < len(grads) else None
+                is_cleared = is_cleared or grad is None
+                if grad is not None and left.writes_to(grad):
+                    raise ConfigurationError(_CHANGED)
+            layout = self._session.layout
+            now = {
+                bucket.bucket_id: [grads[piece.parameter] is not None for piece in bucket.slices]
+                for bucket in layout.buckets
+            }
+            if push is None or is_cleared or any(now[bucket_id] != there for bucket_id, there in self._sent.items()):
+                self._discard_locked()
+                return None
+            for bucket in layout.buckets:
+                if bucket.bucket_id not in self._sent and any(now[bucket.bucket_id]):
+                    indices = {piece.parameter for piece in bucket.slices}
+                    found = {index: grad for index in indices if (grad := grads[index]) is not None}
+                    push.put(bucket, now[bucket.bucket_id], found)
+            push.complete()
+            self._forget_locked()
+            return push
+
+    # --- in hooks
+
+    def _has_gradient(self, tensor: torch.Tensor) -> None:
+        with self._lock:
+            index, grad = self._index.get(id(tensor)), tensor.grad
+            if index is None or grad is None:
+                return
+            left = self._left.get(index)
+            if left is not None:
+                if left.writes_to(grad) == 1:
+                    raise RuntimeError(_SECOND)
+                # Those that had left were taken away, by other means than zero_grad().
+                self._discard_locked()
+            if self._pauses:
+                return
+            if self._push is None:
+                self._begin_locked()
+            if self._push is None:
+                return
+            if not self._push.is_open or not self._fits(index, tensor, grad):
+                self._push.abandon()
+            self._left[index] = _Left(grad)
+            for bucket in self._buckets_of.get(index, ()):
+                self._waiting[bucket.bucket_id] -= 1
+                if not self._waiting[bucket.bucket_id]:
+                    self._send_locked(self._push, bucket)
+
+    def _begin_locked(self) -> None:
+        layout = self._session.layout
+        if len(layout.parameters) != len(self._tensors):
+            # The job does not know of all of them yet.
+            return
+        self._push = self._session.begin_ahead()
+        if self._push is None:
+            return
+        self._buckets_of.clear()
+        self._waiting.clear()
+        for bucket in layout.buckets:
+            indices = {piece.parameter for piece in bucket.slices}
+            waited = [index for index in indices if (each := self._tensors[index]()) is not None and each.requires_grad]
+            self._waiting[bucket.bucket_id] = len(waited)
+            for index in waited:
+                self._buckets_of.setdefault(index, []).append(bucket)
+
+    def _fits(self, index: int, tensor: torch.Tensor, grad: torch.Tensor) -> bool:
+        """Whether the job knows a parameter as it is, and its gradient is one to send: else `step()` sees to it."""
+        parameter = self._session.layout.parameters[index]
+        forms = {(each.dtype, tuple(each.shape)) for each in (tensor, grad)}
+        return forms == {(parameter.dtype, parameter.shape)} and grad.layout is torch.strided
+
+    def _send_locked(self, push: AheadPush, bucket: Bucket) -> None:
+        grads = {}
+        for index in {piece.parameter for piece in bucket.slices}:
+            tensor = self._tensors[index]()
+            if tensor is not None and is_held(tensor) and tensor.grad is not None:
+                grads[index] = tensor.grad
+        present = [piece.parameter in grads for piece in bucket.slices]
+        self._sent[bucket.bucket_id] = present
+        if push.is_open:
+            push.put(bucket, present, grads)
+
+    def _discard_locked(self) -> None:
+        if self._push is not None:
+            self._push.abandon()
+        self._forget_locked()
+
+    def _forget_locked(self) -> None:
+        self._push = None
+        self._left.clear()
+        self._sent.clear()
