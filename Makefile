@@ -4,6 +4,7 @@
 #   make test         every check, then the tests against the built wheel
 #   make integration  PyTorch Lightning and Hugging Face accelerate train with the built wheel, and as with torch's own
 #   make soak         kill servers and workers for a quarter of an hour, and compare every bit with undisturbed runs
+#   make gpu-check    the CUDA tests and the benchmark against a server on a GPU; needs a machine with one
 #   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
 #   make proto        regenerate the code under proto/python/optimd/v1
 #   make bench        step times beside those of optimd's peers, a slow line, memory, and what keeping jobs on disk costs
@@ -19,7 +20,7 @@ PROTOS := $(wildcard proto/optimd/v1/*.proto)
 SOURCES := client server proto/python/optimd/wire tests benchmarks examples tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration soak check wheel proto bench clean
+.PHONY: help demo test integration soak gpu-check check wheel proto bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -71,6 +72,13 @@ integration: wheel
 
 soak: wheel
 	$(WHEEL_VENV)/bin/python -m pytest --against-wheel -s tests/soak $(PYTEST_ARGS)
+
+# With whatever torch is there: the pinned one is built for CPUs. GPU_PYTHON names an interpreter that has it, and optimd.
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:
+	$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-check: torch sees no CUDA device")'
+	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m benchmarks --device cuda:0 $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) $(TRAINERS_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

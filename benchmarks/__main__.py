@@ -28,6 +28,12 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=_PARTS, default=_PARTS, help="leave out the rest, and the marks that need it"
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where models and servers keep their tensors (default: cpu). On another one only optimd's step times are "
+        "measured, beside a local optimizer's",
+    )
+    parser.add_argument(
         "--folder", type=Path, help="where to keep jobs on disk (default: the system's folder for temporary files)"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to a file, too")
@@ -46,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{path}: there is no folder {path.parent}")
     if parsed.folder is not None and not parsed.folder.is_dir():
         parser.error(f"--folder {parsed.folder}: there is no such folder")
+    if parsed.device != "cpu":
+        parsed.only = ["step-time"]
     # An exception rather than death, so that the servers are stopped.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     # For the children: with threads of their own for every process they would wait for each other, and torch's process
@@ -55,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     print(", ".join(f"{name} {value}" for name, value in report.environment().items()), end="\n\n")
     return _measure(parsed)
+
+
+def _suites(parsed: argparse.Namespace) -> Sequence[step_time.Suite]:
+    if parsed.device != "cpu":
+        return step_time.ON_DEVICE
+    return step_time.QUICK if parsed.quick else step_time.FULL
 
 
 def _measure(parsed: argparse.Namespace) -> int:
@@ -69,8 +83,8 @@ def _measure(parsed: argparse.Namespace) -> int:
     peaks: list[memory.MemoryUse] = []
     journals: list[journal.JournalTimes] = []
     if "step-time" in parsed.only:
-        with one_host() as venue:
-            for suite in step_time.QUICK if parsed.quick else step_time.FULL:
+        with one_host(parsed.device) as venue:
+            for suite in _suites(parsed):
                 steps.append(step_time.measure(suite, venue))
                 show(report.step_time_table(steps[-1]))
     if "link" in parsed.only:
@@ -87,8 +101,8 @@ def _measure(parsed: argparse.Namespace) -> int:
     if "journal" in parsed.only:
         journals.append(journal.measure(journal.QUICK if parsed.quick else journal.FULL, parsed.folder))
         show(report.journal_table(journals[-1]))
-    all_marks = marks(steps, slow, peaks)
-    if [*parsed.only] != ["journal"]:
+    all_marks = marks(steps, slow, peaks) if parsed.device == "cpu" else []
+    if [*parsed.only] != ["journal"] and all_marks:
         show(report.marks_table(all_marks))
     if parsed.json is not None:
         figures = report.as_json(steps, slow, peaks, journals, all_marks)

@@ -188,7 +188,13 @@ def crews(
                 address = daemons[peer.listens]
             else:
                 address = "" if peer.listens is None else venue.address(peer.listens)
-            setting = Setting(model=model, workers=workers, address=address, multiplications=multiplications)
+            setting = Setting(
+                model=model,
+                workers=workers,
+                address=address,
+                multiplications=multiplications,
+                device=venue.device,
+            )
             crew = Crew(peer, setting, venue)
             stack.callback(crew.stop)
             crew.start_server()
@@ -208,7 +214,9 @@ def _daemons(peers: Sequence[Peer], venue: Venue) -> Iterator[dict[Transport, st
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
 
         def start(address: str) -> None:
-            stack.enter_context(optimd_server(address, "--insecure", namespace=venue.servers.namespace))
+            stack.enter_context(
+                optimd_server(address, "--insecure", namespace=venue.servers.namespace, device=venue.device)
+            )
 
         for started in [pool.submit(start, address) for address in addresses.values()]:
             started.result()

@@ -143,5 +143,5 @@ def digest(model: Model) -> str:
     """A checksum of all parameters' bits, which two processes can compare."""
     checksum = hashlib.sha256()
     for parameter in model.parameters():
-        checksum.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+        checksum.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return checksum.hexdigest()

@@ -48,18 +48,21 @@ def loopback_address() -> str:
 
 
 @contextlib.contextmanager
-def optimd_server(address: str, *flags: str, namespace: str | None = None) -> Iterator[ServerProcess]:
-    """An optimizer daemon with one torch thread, on the CPU.
+def optimd_server(
+    address: str, *flags: str, namespace: str | None = None, device: str = "cpu"
+) -> Iterator[ServerProcess]:
+    """An optimizer daemon with one torch thread.
 
     Args:
         address: Where it listens.
         flags: More flags.
         namespace: The network namespace that it runs in; None for the one that this process is in.
+        device: The torch device that it keeps tensors on.
 
     Raises:
         ServerStartError: it did not start.
     """
-    options = ["--device=cpu", "--threads=1", "--no-health", "--log-level=warning"]
+    options = [f"--device={device}", "--threads=1", "--no-health", "--log-level=warning"]
     within = [] if namespace is None else ["ip", "netns", "exec", namespace]
     program = [*within, sys.executable, "-m", "optimd.server", f"--address={address}", *options, *flags]
     with _serving(program, (address,)) as server:

@@ -161,6 +161,14 @@ _LARGE = Suite(
     peers=(Local(), *_SHM, *_TCP, Echo("tcp", MESSAGE_BYTES[1]), GlooServer(), RpcServer()),
 )
 
+ON_DEVICE = (
+    Suite(model=SMALL, workers=1, warmups=1, rounds=9, in_a_row=_SMALL_IN_A_ROW, peers=(Local(), *_SHM, *_UNIX, *_TCP)),
+    Suite(model=MIDDLE, workers=1, warmups=2, rounds=12, peers=(Local(), *_SHM, *_UNIX, *_TCP)),
+    Suite(model=MIDDLE, workers=2, warmups=1, rounds=7, peers=(Local(), _SHM[0], *_TCP)),
+    Suite(model=LARGE, workers=1, warmups=1, rounds=5, peers=(Local(), *_SHM, *_TCP)),
+)
+"""optimd alone, beside the local optimizer: the peers are servers on the CPU."""
+
 FULL = (
     _small(15),
     together(SMALL, 2, warmups=1, rounds=8, in_a_row=_SMALL_IN_A_ROW),

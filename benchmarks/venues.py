@@ -36,9 +36,11 @@ class Venue:
         folder: Where Unix sockets are made.
         servers: Where servers run.
         workers: Where workers run.
+        device: The torch device that models are on, and that daemons keep tensors on.
     """
 
-    def __init__(self, folder: Path, servers: Side = LOOPBACK, workers: Side = LOOPBACK) -> None:
+    def __init__(self, folder: Path, servers: Side = LOOPBACK, workers: Side = LOOPBACK, device: str = "cpu") -> None:
+        self.device = device
         self.servers = servers
         self.workers = workers
         self._folder = folder
@@ -55,7 +57,7 @@ class Venue:
 
 
 @contextlib.contextmanager
-def one_host() -> Iterator[Venue]:
-    """Everything on this host."""
+def one_host(device: str = "cpu") -> Iterator[Venue]:
+    """Everything on this host, with tensors on one of its devices."""
     with tempfile.TemporaryDirectory(prefix="optimd-bench-") as folder:
-        yield Venue(Path(folder))
+        yield Venue(Path(folder), device=device)

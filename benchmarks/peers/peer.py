@@ -25,6 +25,8 @@ class Setting:
     """Where its server listens, or where its processes meet."""
     multiplications: int = 0
     """What the model's backward computes besides, see `models.Model`."""
+    device: str = "cpu"
+    """The torch device that the model is on."""
 
 
 class Worker(Protocol):
@@ -85,7 +87,7 @@ class ModelWorker:
     """
 
     def __init__(self, setting: Setting, *ranks: int) -> None:
-        self.model = models.build(setting.model, setting.multiplications)
+        self.model = models.build(setting.model, setting.multiplications).to(setting.device)
         self.parameters = list(self.model.parameters())
         self._ranks = ranks
 
@@ -101,10 +103,16 @@ class ModelWorker:
         return gradients
 
     def step(self) -> float:
-        """Times `exchange`."""
+        """Times `exchange`, what it leaves to a GPU included."""
+        self._finish()
         start = time.perf_counter()
         self.exchange()
+        self._finish()
         return time.perf_counter() - start
+
+    def _finish(self) -> None:
+        if self.parameters[0].is_cuda:
+            torch.cuda.synchronize(self.parameters[0].device)
 
     def exchange(self) -> None:
         """What a step is."""

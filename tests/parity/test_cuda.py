@@ -37,6 +37,34 @@ def test_a_server_on_a_gpu_has_the_bits_of_torch_on_a_gpu(worker: str, options: 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_gradients_that_a_gpu_computes_leave_while_backward_runs(transport: Any) -> None:
+    """They wait for their kernels, not for the whole of backward; with torch's bits."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(300, 300), nn.Tanh()))).cuda()
+
+    ours, theirs = net(), net()
+    asked = ProxyOptions(overlap=True, transport=transport, bucket_bytes=65536)
+    with (
+        running_server(device="cuda:0") as server,
+        Adam(ours.parameters(), fused=True, server=server.address, options=asked) as remote,
+    ):
+        local = torch.optim.Adam(theirs.parameters(), fused=True)
+        for step in range(10):
+            x = torch.randn(64, 300, generator=torch.Generator().manual_seed(step)).cuda()
+            for model, optimizer in ((ours, remote), (theirs, local)):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+            assert remote._overlap is not None
+            assert remote._overlap._sent
+            remote.step()
+            local.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.gpu
 def test_a_server_on_a_gpu_clips_masters_with_the_bits_of_torch_on_a_gpu() -> None:
     """Also where slices lie in memory as no tensor of torch's would."""
     start = [torch.randn(shape).bfloat16() for shape in ((7,), (300, 70), (), (1001,))]
