@@ -90,17 +90,10 @@ class TrainStream:
         """Bytes of the messages sent so far."""
         return self._counter.nbytes
 
-    def send(self, messages: Iterable[bytes], *, small: bool = False) -> None:
-        """Sends serialised messages, in order, while the caller goes on. What they read must not change meanwhile.
-
-        Args:
-            messages: The messages.
-            small: Whether they are few bytes: then they are made before this returns, since to have another thread make
-                them takes as long again.
-        """
+    def send(self, messages: Iterable[bytes]) -> None:
+        """Sends serialised messages, in order, while the caller goes on. What they read must not change meanwhile."""
         self._finish()
-        bundles = bundled(messages, self.ring) if self.takes_bundles else messages
-        self._outbox.put(list(bundles) if small else bundles)
+        self._outbox.put(bundled(messages, self.ring) if self.takes_bundles else messages)
 
     def send_until(self, messages: Iterable[bytes], finish: Callable[[], object]) -> None:
         """Sends serialised messages, bundled by whoever makes them, as they are made. Does not wait.

@@ -25,7 +25,6 @@ from optimd.client.statetransfer import RemoteEntry, read_state, state_messages
 from optimd.client.translation import exception_of
 from optimd.client.valuetransfer import write_values
 from optimd.v1 import training_pb2
-from optimd.wire.bundles import BUNDLE_BYTES
 from optimd.wire.codec import encode
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Parameter
@@ -354,7 +353,6 @@ class Session:
                     stream.ring,
                     encodings.gradients,
                 ),
-                small=sum(parameter.nbytes for parameter in self.parameters) <= BUNDLE_BYTES,
             )
             writer = FlatWriter(tensors, self.parameters, narrowed=self._line.narrowed.indices, on_written=on_received)
             writer.prepare(index for index, grad in enumerate(push.grads) if grad is not None)
