@@ -560,3 +560,36 @@ def test_memory_that_is_given_out_again_is_not_taken_for_what_was_there(monkeypa
     for _ in range(100):
         tensor.data = tensor.data * mask
         assert watch.changed([tensor]) == {0}
+
+
+# --- looked at before all are in order
+
+
+def test_a_tensor_that_was_looked_at_is_remembered_as_it_was_then() -> None:
+    """So a write that nothing but the content shows, after that, counts."""
+    tensors = [torch.randn(50), torch.randn(300_000)]
+    watch = ValueWatch()
+    for index, tensor in enumerate(tensors):
+        watch.look_at(index, tensor)
+    tensors[0].data[3] += 1
+    watch.remember(tensors)
+    assert watch.changed(tensors) == {0}
+    watch.remember(tensors)
+    assert watch.changed(tensors) == set()
+
+
+@pytest.mark.parametrize("change", ["counted", "assigned", "replaced"])
+def test_a_look_at_what_has_become_another_does_not_count(change: str) -> None:
+    tensors = [torch.randn(50)]
+    watch = ValueWatch()
+    watch.look_at(0, tensors[0])
+    if change == "counted":
+        tensors[0].add_(1)
+    elif change == "assigned":
+        tensors[0].data = torch.randn(50)
+    else:
+        tensors[0] = torch.randn(50)
+    watch.remember(tensors)
+    assert watch.changed(tensors) == set()
+    tensors[0].data[3] += 1
+    assert watch.changed(tensors) == {0}
