@@ -316,16 +316,17 @@ def test_a_worker_that_reads_while_others_go_on_without_it_comes_back_to_one_ste
 # --- nothing is left behind
 
 
-def names() -> set[str]:
-    return {entry.name for entry in os.scandir(FOLDER) if entry.name.startswith("optimd-")}
+def files_of(optimizer: Adam) -> list[Path]:
+    """Where a worker reads its server's values."""
+    return [FOLDER / name for name in optimizer._open_session()._line.server_values._files]
 
 
 def test_a_jobs_file_goes_with_it(server: Server) -> None:
     p = nn.Parameter(torch.zeros(SIZE))
-    before = names()
-    with Adam([p], server=server.address, options=options()):
-        assert len(names() - before) == 1
-    assert eventually(lambda: not names() - before)
+    with Adam([p], server=server.address, options=options()) as optimizer:
+        (file,) = files_of(optimizer)
+        assert file.exists()
+    assert eventually(lambda: not file.exists())
 
 
 def test_a_killed_servers_file_is_removed_by_the_next_one(tmp_path: Path) -> None:
@@ -333,15 +334,14 @@ def test_a_killed_servers_file_is_removed_by_the_next_one(tmp_path: Path) -> Non
     ours, theirs = nn.Parameter(torch.zeros(SIZE)), nn.Parameter(torch.zeros(SIZE))
     local = torch.optim.Adam([theirs], lr=0.1, fused=True)
     flags = (f"--address=unix://{tmp_path}/socket", f"--data-dir={tmp_path}/data", "--fsync=never")
-    before = names()
     with server_process(*flags) as (first, where):
         optimizer = Adam([ours], lr=0.1, fused=True, server=where, job="j", options=options(retry_timeout_s=60))
-        files = []
+        files: list[Path] = []
         for step in range(2):
             ours.grad, theirs.grad = gradient(step), gradient(step)
             optimizer.step()
             local.step()
-            files.append(names() - before)
+            files += files_of(optimizer)
         first.send_signal(signal.SIGKILL)
         first.wait()
         with server_process(*flags):
@@ -349,12 +349,11 @@ def test_a_killed_servers_file_is_removed_by_the_next_one(tmp_path: Path) -> Non
                 ours.grad, theirs.grad = gradient(step), gradient(step)
                 optimizer.step()
                 local.step()
-                files.append(names() - before)
+                files += files_of(optimizer)
             assert torch.equal(ours, theirs)
-            assert optimizer._open_session()._line.server_values.are_mapped
             optimizer.close()
-    assert [len(each) for each in files] == [1, 1, 1, 1]
+    assert len(files) == 4
     assert files[0] == files[1] != files[2] == files[3]
-    # The second one has been killed too: whoever comes next removes what it has left.
+    # The second one has been killed too: whoever comes next removes what they have left.
     sweep()
-    assert not names() - before
+    assert not any(file.exists() for file in files)
