@@ -361,6 +361,21 @@ def test_an_interrupted_step_leaves_an_optimizer_that_says_so(server: Server, mo
     assert eventually(lambda: not server.registry.all())
 
 
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="the kernel gives no huge pages",
+)
+def test_a_servers_state_lies_in_huge_pages() -> None:
+    """Two moments of 16 MB each."""
+    p = nn.Parameter(torch.zeros(4_000_000))
+    with server_process() as (process, address), Adam([p], server=address) as optimizer:
+        p.grad = torch.ones(4_000_000)
+        optimizer.step()
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        huge = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("AnonHugePages"))
+    assert huge > 20_000
+
+
 def test_a_pickled_reference_to_a_foreign_process_is_no_way_around(server: Server) -> None:
     """What a fork inherits is refused on every method that reaches the server."""
     p = nn.Parameter(torch.ones(3))

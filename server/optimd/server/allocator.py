@@ -1,4 +1,4 @@
-"""The system's memory allocator, set for messages of a megabyte that come and go.
+"""The system's memory allocator, set for messages of a megabyte that come and go, and for tensors that stay.
 
 gRPC and Python take the memory of every message from malloc. glibc, left to itself, gives much of it back to the system
 as soon as a message is gone; the next one's then comes anew, and is zeroed and mapped page by page.
@@ -7,6 +7,7 @@ as soon as a message is gone; the next one's then comes anew, and is zeroed and 
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Final
 
 # Of <malloc.h>.
@@ -30,3 +31,12 @@ def keep_messages_memory() -> None:
         # Both: setting one ends glibc's own adjustment of the other.
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def ask_for_huge_pages() -> None:
+    """Has torch ask for huge pages for CPU tensors of 2 MiB and more, unless the environment says otherwise.
+
+    An update goes through all of a job's state once in a step, and finds more of it with what the processor remembers of
+    pages. Nothing happens where the kernel has none to give. To be called before the first tensor is made.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from optimd.server.allocator import keep_messages_memory
+from optimd.server.allocator import ask_for_huge_pages, keep_messages_memory
 from optimd.server.app import Server
 from optimd.server.config import ServerConfig
 
@@ -30,6 +30,7 @@ def run(config: ServerConfig, *, on_ready: Callable[[Server], None], lifeline: i
         ConfigurationError: the server cannot start.
     """
     keep_messages_memory()
+    ask_for_huge_pages()
     # A pipe rather than an Event: a handler that sets an Event which its own thread is about to wait for waits for
     # itself, and a signal that the system gives to another thread would not wake this one.
     wake, waker = os.pipe()
