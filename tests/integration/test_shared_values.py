@@ -313,6 +313,72 @@ def test_a_worker_that_reads_while_others_go_on_without_it_comes_back_to_one_ste
     assert in_place.left
 
 
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_worker_that_is_waited_for_no_longer_while_it_reads_ends_with_one_steps_values(
+    server: Server, monkeypatch: pytest.MonkeyPatch, transport: Any
+) -> None:
+    """It is alive, and slow: `timeout_s` is over when it has read half, and the other one steps without it.
+
+    In shared memory the worker itself reads; over gRPC the server does, at the worker's pace.
+    """
+    reading, go_on, slow_is_under_way = threading.Event(), threading.Event(), threading.Event()
+    copy, put_values = FlatWriter.copy, Outgoing.put_values
+    threads: set[str] = set()
+
+    def hold(bucket: Any) -> None:
+        if bucket.bucket_id == BUCKETS // 2 and slow_is_under_way.is_set() and not reading.is_set():
+            threads.add(threading.current_thread().name)
+            reading.set()
+            assert go_on.wait(60)
+
+    def copying(writer: FlatWriter, bucket: Any, *rest: Any) -> None:
+        hold(bucket)
+        copy(writer, bucket, *rest)
+
+    def putting(outgoing: Outgoing, bucket: Any, *rest: Any) -> Iterator[bytes]:
+        hold(bucket)
+        return put_values(outgoing, bucket, *rest)
+
+    monkeypatch.setattr(FlatWriter, "copy", copying)
+    monkeypatch.setattr(Outgoing, "put_values", putting)
+    parameters = [nn.Parameter(torch.zeros(SIZE)) for _ in range(2)]
+    opened = [
+        Adam(
+            [p],
+            lr=0.1,
+            fused=True,
+            server=server.address,
+            job="j",
+            options=options(transport=transport, rank=rank, aggregation=Sync(world_size="elastic", timeout_s=1)),
+        )
+        for rank, p in enumerate(parameters)
+    ]
+    job = server.registry.get("j")
+    for rank, p in enumerate(parameters):
+        p.grad = gradient(0, rank=rank)
+    slow_is_under_way.set()
+    steps = [threading.Thread(target=optimizer.step, name=str(rank)) for rank, optimizer in enumerate(opened)]
+    for each in steps:
+        each.start()
+    assert reading.wait(60)
+    assert eventually(lambda: sum(each.is_alive() for each in steps) == 1)
+    slow = 0 if steps[0].is_alive() else 1
+    for step in range(1, 3):
+        parameters[1 - slow].grad = gradient(step)
+        opened[1 - slow].step()
+    assert job.step == 3
+    go_on.set()
+    steps[slow].join(60)
+    assert not steps[slow].is_alive()
+    assert receipt_of(opened[slow]).contributors == (0, 1)
+    assert torch.equal(*parameters)
+    assert threads
+    if transport == "shm":
+        assert threads == {str(slow)}
+    for optimizer in opened:
+        optimizer.close()
+
+
 # --- nothing is left behind
 
 

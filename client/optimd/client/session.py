@@ -379,7 +379,7 @@ class Session:
             if kind == "receipt":
                 if in_place and not self._line.server_values.are_of(message.receipt.values_version):
                     # What was read may be of two steps. The server has what it was, and what became of the push.
-                    raise ConnectionLostError("this worker was held to be lost, and the job has gone on without it")
+                    raise ConnectionLostError("the job has gone on without this worker while it read its parameters")
                 self._settle(message.receipt)
         self._raise_refusal(kind, message)
         return message.receipt

@@ -36,7 +36,7 @@ def keep_messages_memory() -> None:
 def ask_for_huge_pages() -> None:
     """Has torch ask for huge pages for CPU tensors of 2 MiB and more, unless the environment says otherwise.
 
-    An update goes through all of a job's state once in a step, and finds more of it with what the processor remembers of
-    pages. Nothing happens where the kernel has none to give. To be called before the first tensor is made.
+    An update goes through all of a job's state once in a step, and finds more of it by what the processor remembers
+    of pages. Nothing happens where the kernel has none to give. To be called before the first tensor is made.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

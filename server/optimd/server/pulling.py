@@ -53,7 +53,7 @@ class Pulling:
         self.stands_still = not parts.settings.is_async and (
             alone or (parts.settings.apply == "atomic" and not parts.settings.backup_workers)
         )
-        """Whether the values that a worker's step led to stay as they are until its next one, or until it is lost."""
+        """Whether values stay as a step has left them until all workers that are waited for push again."""
 
     def ready(self, push: OpenPush) -> list[tuple[int, list[bool]]]:
         """The applied buckets that a worker can be sent while it still pushes. Does not wait for others.
@@ -213,7 +213,7 @@ class Pulling:
     def may_leave_in_place(self, push: OpenPush, bucket: Bucket, encoding: Encoding) -> bool:
         """Whether a worker on this host may read a bucket of its step where it is, whenever it comes to that.
 
-        Should it be lost meanwhile, and others go on, it finds that out by `OpenPush.values_version`.
+        Should others go on without it meanwhile, it finds that out by `OpenPush.values_version`.
         """
         return self.stands_still and encoding.is_exact and push.store.is_shared(bucket)
 
@@ -231,21 +231,25 @@ class Pulling:
         """A worker is about to be sent a bucket as it is now. With the job's lock held."""
         member.sight.see(bucket_id, self._pushing.changes.clock, self._job.aggregator.step - member.own_steps)
 
-    def settle(self, push: OpenPush, catch_up: CatchUp | None) -> Receipt:
+    def settle(self, push: OpenPush, catch_up: CatchUp | None) -> Receipt | None:
         """What a worker is told of its push, once it has been sent all that goes before.
 
         Args:
             push: The push.
             catch_up: What `catch_up_of` gave.
 
+        Returns:
+            Its receipt; None where others have just gone on without it, and `catch_up_of` has something now.
+
         Raises:
-            RequestError: what `Company.check_alive` raises: the values that it was sent may be of two steps.
+            RequestError: what `Company.check_alive` raises.
         """
         member, aggregator = push.member, self._job.aggregator
         with self._changed:
             if self.stands_still and self._job.company.phase is not JobPhase.DELETED:
-                # They were read without the lock: they stood still if nobody has gone on without this worker.
                 self._job.company.check_alive(member)
+                if catch_up is None and self._has_moved_locked(push):
+                    return None
                 push.values_version = push.store.version
             answered = self._pushing.answered_locked(push)
             if answered is None:
@@ -270,10 +274,23 @@ class Pulling:
         """Whether a push is over, and its worker has not been sent everything with the buckets of its step."""
         if self._pushing.takes_locked(push):
             return False
-        if self._job.settings.is_async:
+        if self._job.settings.is_async or self._has_moved_locked(push):
             return True
         answered = self._pushing.answered_locked(push)
         return answered is None or push.was_answered or push.member.worker.rank in answered.partial_contributors
+
+    def _has_moved_locked(self, push: OpenPush) -> bool:
+        """Whether the values of a push's step have changed since: others had waited for this worker long enough.
+
+        Where they stand still otherwise they are read without the lock: what it was sent may be of two steps.
+        """
+        round_ = push.round
+        return (
+            self.stands_still
+            and round_ is not None
+            and round_.commit is not None
+            and push.store.version != round_.version
+        )
 
 
 def _hand_out(push: OpenPush, round_: Round) -> list[tuple[int, list[bool]]]:

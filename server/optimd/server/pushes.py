@@ -133,10 +133,12 @@ def _serve_begun(
         job.pushing.refuse(push.member, keeps=isinstance(error, StepTimeoutError))
         yield from outgoing.put(refusal(error))
         return
-    catch_up = job.pulling.catch_up_of(push)
-    if catch_up is not None:
-        yield from unseen_values(outgoing, job, push.member, catch_up, outgoing.encoding)
-    receipt = job.pulling.settle(push, catch_up)
+    receipt = None
+    while receipt is None:
+        catch_up = job.pulling.catch_up_of(push)
+        if catch_up is not None:
+            yield from unseen_values(outgoing, job, push.member, catch_up, outgoing.encoding)
+        receipt = job.pulling.settle(push, catch_up)
     job.journal.await_durable()
     wants_buffers = job.buffers.is_asked(push.member)
     answer = training_pb2.TrainResponse(receipt=encode_receipt(receipt, wants_buffers=wants_buffers))

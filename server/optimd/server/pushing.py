@@ -54,7 +54,7 @@ class OpenPush:
     left_out: frozenset[int] = frozenset()
     """The buckets that the worker leaves out, since it was told that they are there."""
     values_version: int = 0
-    """The store's, when the worker had been sent all of its step, and nobody had gone on without it."""
+    """The store's, when the worker had been sent all that its receipt tells of."""
 
 
 class Pushing:
@@ -484,6 +484,7 @@ class Pushing:
             pushed_differently=round_.pushed_differently,
         )
         round_.clock = self.changes.clock
+        round_.version = self._job.content.store.version
         contributions = []
         outcome = Outcome.of_step(len(commit.contributors))
         ranks = tuple(worker.rank for worker in commit.contributors)

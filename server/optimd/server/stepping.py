@@ -56,6 +56,8 @@ class Round:
     """The buckets of which a worker has to hear, and which of their slices. One may come twice."""
     clock: int = 0
     """The last change of values that is in it, once it is committed."""
+    version: int = 0
+    """The store's, then: as long as that stays, its values do."""
     commit: Commit | None = None
     skipped: Skip | None = None
     """Set where the round ended without a commit and its pushes are answered nevertheless."""
