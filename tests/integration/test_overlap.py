@@ -697,10 +697,10 @@ def test_an_optimizer_that_is_closed_or_dropped_leaves_no_hooks(server: Server) 
     model.zero_grad()
     dropped = Adam(model.parameters(), server=server.address, options=options())
     loss_of(model, 0).backward()
+    assert len(p._post_accumulate_grad_hooks) == 1
     del optimizer, dropped
     assert eventually(lambda: not server.registry.all())
-    # What is left of its hooks does nothing.
-    loss_of(model, 0).backward()
+    assert not p._post_accumulate_grad_hooks
 
 
 # --- messages

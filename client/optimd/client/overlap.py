@@ -70,7 +70,8 @@ class Overlap:
         self._session = session
         self._lock = threading.Lock()
         # All below: guarded by self._lock.
-        self._hooks: dict[int, RemovableHandle] = {}
+        self._hooks: dict[int, tuple[weakref.ref[torch.Tensor], RemovableHandle]] = {}
+        self._let_go = weakref.finalize(self, _remove, self._hooks)
         self._tensors: list[weakref.ref[torch.Tensor]] = []
         self._index: dict[int, int] = {}
         self._pauses = 0
@@ -88,7 +89,7 @@ class Overlap:
             self._index = {id(tensor): index for index, tensor in enumerate(tensors)}
             self._tensors = [weakref.ref(tensor) for tensor in tensors]
             for key in self._hooks.keys() - self._index.keys():
-                self._hooks.pop(key).remove()
+                self._hooks.pop(key)[1].remove()
             here = weakref.ref(self)
 
             def hook(tensor: torch.Tensor) -> None:
@@ -97,11 +98,12 @@ class Overlap:
                     overlap._has_gradient(tensor)  # noqa: SLF001  # its own
 
             for tensor in tensors:
-                if id(tensor) not in self._hooks and tensor.requires_grad and is_held(tensor):
+                known = self._hooks.get(id(tensor))
+                # Another tensor may have come to lie where one was.
+                is_hooked = known is not None and known[0]() is tensor
+                if not is_hooked and tensor.requires_grad and is_held(tensor):
                     handle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
-                    # Another tensor may come to lie where one was.
-                    weakref.finalize(tensor, self._hooks.pop, id(tensor), None)
-                    self._hooks[id(tensor)] = handle
+                    self._hooks[id(tensor)] = weakref.ref(tensor), handle
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -123,8 +125,7 @@ class Overlap:
         """Lets go of the parameters."""
         with self._lock:
             self._discard_locked()
-            while self._hooks:
-                self._hooks.popitem()[1].remove()
+            self._let_go()
 
     def complete(self, grads: Sequence[torch.Tensor | None]) -> AheadPush | None:
         """Sends what has not left yet: all of the next push's gradients are under way then.
@@ -150,7 +151,8 @@ class Overlap:
                 bucket.bucket_id: [grads[piece.parameter] is not None for piece in bucket.slices]
                 for bucket in layout.buckets
             }
-            if push is None or is_cleared or any(now[bucket_id] != there for bucket_id, there in self._sent.items()):
+            is_other = is_cleared or any(now[bucket_id] != there for bucket_id, there in self._sent.items())
+            if push is None or is_other or not push.is_open:
                 self._discard_locked()
                 return None
             for bucket in layout.buckets:
@@ -232,3 +234,8 @@ class Overlap:
         self._push = None
         self._left.clear()
         self._sent.clear()
+
+
+def _remove(hooks: dict[int, tuple[weakref.ref[torch.Tensor], RemovableHandle]]) -> None:
+    while hooks:
+        hooks.popitem()[1][1].remove()
