@@ -29,7 +29,9 @@ from optimd.client import (
     UnknownJobError,
     WorkerInUseError,
 )
+from optimd.client.options import WireDtypes
 from optimd.server import Server
+from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MAX_BUCKET_BYTES
 from tests.support import in_threads, running_server
 
 
@@ -348,3 +350,21 @@ def test_reading_from_a_job_that_was_deleted_is_an_unknown_job(server: Server) -
         server.registry.delete("gone", force=True)
         with pytest.raises(UnknownJobError, match="there is no job 'gone'"):
             optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("more", "bucket_bytes"),
+    [
+        ({"transport": "grpc"}, DEFAULT_BUCKET_BYTES),
+        ({"transport": "shm"}, MAX_BUCKET_BYTES),
+        ({"transport": "grpc", "wire_dtype": torch.bfloat16}, MAX_BUCKET_BYTES),
+        ({"transport": "grpc", "wire_dtype": WireDtypes(gradients=torch.bfloat16)}, DEFAULT_BUCKET_BYTES),
+        ({"transport": "shm", "bucket_bytes": 5000}, 5000),
+    ],
+)
+def test_buckets_are_as_large_as_messages_allow_where_these_are_short(
+    server: Server, more: dict[str, Any], bucket_bytes: int
+) -> None:
+    """In shared memory, and where both ways are narrowed. Who asks for a size gets it."""
+    with Adam([nn.Parameter(torch.zeros(3))], server=server.address, job="j", options=ProxyOptions(**more)):
+        assert server.registry.get("j").settings.bucket_bytes == bucket_bytes

@@ -198,7 +198,8 @@ class ProxyOptions:
     can be called again. The last two apply steps atomically. All workers of a job give the same."""
 
     bucket_bytes: int | None = None
-    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice, 3 MiB."""
+    """The largest payload of a message, in bytes, from 1 KiB to 3 MiB. None: the server's choice: 2 MiB, and 3 MiB
+    where the worker that creates the job shares memory with it or narrows both ways."""
 
     retry_timeout_s: float = 60.0
     """How long to try to reach the server, in seconds: when the job is opened, and again when the line breaks. A server

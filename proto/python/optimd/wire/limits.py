@@ -10,8 +10,8 @@ MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_BUCKET_BYTES: Final = 3 * 1024 * 1024
 """The largest payload of a bucket: with its header it stays under `MAX_MESSAGE_BYTES`."""
 
-DEFAULT_BUCKET_BYTES: Final = MAX_BUCKET_BYTES
-"""The payload of a bucket where nobody asks for another: what a bucket costs hardly depends on its size."""
+DEFAULT_BUCKET_BYTES: Final = 2 * 1024 * 1024
+"""The payload of a bucket where nobody asks for another and payloads travel whole, in messages."""
 
 MIN_BUCKET_BYTES: Final = 1024
 """The smallest `bucket_bytes`: `SLICE_ALIGNMENT` elements of the widest dtype, complex128."""
