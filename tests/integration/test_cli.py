@@ -226,7 +226,7 @@ def test_both_ways_to_start_a_server_have_the_same_settings() -> None:
     typed = {option.name for option in command.params}
     plain = {action.dest for action in _parser()._actions}
     settings = {setting.name for setting in fields(ServerConfig)}
-    assert typed == settings | {"log_level", "log_format"}
+    assert typed == settings | {"log_level", "log_format", "config", "print_config", "as_json"}
     assert settings <= plain
     helps = {option.name: option.help for option in command.params}
     assert all(helps[name] == ServerConfig.help_of(name) for name in settings)
