@@ -9,6 +9,9 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from optimd.client.adam import Adam, AdamW
 from optimd.client.exceptions import (
     AccumulationLostError,
+    AuthenticationError,
+    AuthorizationError,
+    CertificateError,
     ConfigurationError,
     ConnectionLostError,
     EmbeddedServerError,
@@ -33,7 +36,7 @@ from optimd.client.exceptions import (
     UpdateRefusedError,
     WorkerInUseError,
 )
-from optimd.client.options import Async, ProxyOptions, Sync, WireDtypes
+from optimd.client.options import Async, ProxyOptions, Sync, Tls, WireDtypes
 from optimd.client.proxy import OptimizerProxy
 from optimd.client.receipts import StepReceipt
 
@@ -42,6 +45,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "Async",
+    "AuthenticationError",
+    "AuthorizationError",
+    "CertificateError",
     "ConfigurationError",
     "ConnectionLostError",
     "EmbeddedServerError",
@@ -65,6 +71,7 @@ __all__ = [
     "StepTimeoutError",
     "SupersededError",
     "Sync",
+    "Tls",
     "UnknownJobError",
     "UnsupportedError",
     "UpdateRefusedError",

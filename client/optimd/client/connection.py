@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -11,7 +12,9 @@ from typing import Final
 import grpc
 
 from optimd.client import forks
+from optimd.client.credentials import INSECURE, Credentials
 from optimd.client.exceptions import (
+    CertificateError,
     ConnectionLostError,
     ForkedProcessError,
     OptimizerClosedError,
@@ -43,6 +46,8 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+Metadata = tuple[tuple[str, str], ...]
+
 LEAVE_TIMEOUT_S: Final = 5.0
 """How long `close()` waits for the server to see the worker off, in seconds."""
 
@@ -57,10 +62,13 @@ class TrainStream:
     Args:
         channel: The line.
         address: The server's address, for messages.
+        metadata: What goes with the call.
         offer: Memory that the server is to be offered. The stream closes it.
     """
 
-    def __init__(self, channel: grpc.Channel, address: str, offer: Offer | None = None) -> None:
+    def __init__(
+        self, channel: grpc.Channel, address: str, metadata: Metadata = (), offer: Offer | None = None
+    ) -> None:
         self.address = address
         self.offer = offer
         self.ring: RingWriter | None = None
@@ -70,7 +78,7 @@ class TrainStream:
         self._outbox: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
         self._counter = _Counter()
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
-        self._call = method(_drain(self._outbox, self._counter))
+        self._call = method(_drain(self._outbox, self._counter), metadata=metadata)
         # What has come in one bundle and has not been read yet.
         self._here: deque[bytes] = deque()
         self.takes_bundles = False
@@ -194,9 +202,11 @@ class TrainStream:
 class StepStream:
     """A `WatchSteps` call: a job's steps, as the server commits them. Belongs to one thread, but for `cancel`."""
 
-    def __init__(self, channel: grpc.Channel, address: str, request: reading_pb2.WatchStepsRequest) -> None:
+    def __init__(
+        self, channel: grpc.Channel, address: str, request: reading_pb2.WatchStepsRequest, metadata: Metadata = ()
+    ) -> None:
         self._address = address
-        self._call = OptimizerServiceStub(channel).WatchSteps(request)
+        self._call = OptimizerServiceStub(channel).WatchSteps(request, metadata=metadata)
 
     def await_begin(self) -> int:
         """Waits until the server has taken the call, from when on no step is missed. Gives the job's step then.
@@ -232,6 +242,10 @@ class StepStream:
         self._call.cancel()
 
 
+def _code_of(error: grpc.RpcError) -> grpc.StatusCode | None:
+    return error.code() if isinstance(error, grpc.Call) else None
+
+
 class _Counter:
     """What the sending thread tells the receiving one."""
 
@@ -261,13 +275,19 @@ class Connection:
     Args:
         address: "host:port" or "unix:///path".
         transport: How the payloads of training streams travel, as `ProxyOptions.transport` says.
+        credentials: What it is opened with.
+
+    Raises:
+        ConfigurationError: the credentials cannot be used.
     """
 
-    def __init__(self, address: str, transport: Transport = "grpc") -> None:
+    def __init__(self, address: str, transport: Transport = "grpc", credentials: Credentials = INSECURE) -> None:
         self.address = address
+        self._credentials = credentials
+        self._stamp = credentials.stamp()
         self._same_host = SameHost(transport)
         self._offer: Offer | None = None
-        self._channel: grpc.Channel | None = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel: grpc.Channel | None = credentials.channel(address, _CHANNEL_OPTIONS)
         self._stream: TrainStream | None = None
         self._watch: StepStream | None = None
         self._beat: object = None
@@ -306,10 +326,12 @@ class Connection:
 
         Raises:
             ServerUnavailableError: none did within `timeout_s` seconds.
-            ConfigurationError: memory is to be shared, and cannot be.
-            OptimdError: what answered is not an optimd server.
+            CertificateError: the two sides do not accept each other.
+            ConfigurationError: memory is to be shared, and cannot be; or the credentials cannot be used.
+            OptimdError: what answered is not an optimd server, or does not let this worker in.
         """
         self._drop_offer()
+        self._take_new_certificates()
         offer = self._same_host.make_offer()
         try:
             answer = self.probe(timeout_s, None if offer is None else offer.question())
@@ -330,19 +352,44 @@ class Connection:
 
         Raises:
             ServerUnavailableError: none did in time.
-            OptimdError: what answered is not an optimd server.
+            CertificateError: the two sides do not accept each other.
+            OptimdError: what answered is not an optimd server, or does not let this worker in.
         """
-        stub = OptimizerServiceStub(self.check())
+        deadline = time.monotonic() + timeout_s
+        call = OptimizerServiceStub(self.check()).GetCapabilities
         request = reading_pb2.GetCapabilitiesRequest(shared_memory=question)
+        metadata = self._credentials.metadata()
         try:
-            return stub.GetCapabilities(request, timeout=timeout_s, wait_for_ready=True)
+            return call(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            failure = translate(error, self.address)
+            if (
+                not isinstance(failure, ConnectionLostError)
+                and _code_of(error) is not grpc.StatusCode.DEADLINE_EXCEEDED
+            ):
+                raise failure from error
+        problem = self._credentials.problem(self.address)
+        if problem is not None:
+            raise CertificateError(problem)
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            return call(request, timeout=left, wait_for_ready=True, metadata=metadata)
+        except grpc.RpcError as error:
+            if _code_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ServerUnavailableError(
                     f"no optimd server answered at {self.address} within {timeout_s:g} s. Is it running (optimd "
                     "serve), and is the address right? ProxyOptions(retry_timeout_s=...) sets how long to try"
                 ) from error
             raise translate(error, self.address) from error
+
+    def _take_new_certificates(self) -> None:
+        """A line that is to be opened anew is opened with what the files have now."""
+        stamp = self._credentials.stamp()
+        if stamp == self._stamp:
+            return
+        old = self.check()
+        self._channel, self._stamp = self._credentials.channel(self.address, _CHANNEL_OPTIONS), stamp
+        old.close()
 
     def beat(self, request: reading_pb2.HeartbeatRequest, timeout_s: float) -> None:
         """Tells the server that a worker is alive, unless this is closed. Does not wait; any thread may call it."""
@@ -350,9 +397,11 @@ class Connection:
         if channel is not None and self.is_own:
             try:
                 # Kept, since gRPC cancels a call that nobody refers to.
-                self._beat = OptimizerServiceStub(channel).Heartbeat.future(request, timeout=timeout_s)
+                self._beat = OptimizerServiceStub(channel).Heartbeat.future(
+                    request, timeout=timeout_s, metadata=self._credentials.metadata()
+                )
             except ValueError:
-                # Closed in another thread, just now.
+                # Closed in another thread, just now; or the token's file is being replaced.
                 return
 
     def open_stream(self) -> TrainStream:
@@ -360,7 +409,7 @@ class Connection:
         if self._stream is not None:
             self._stream.cancel()
         offer, self._offer = self._offer, None
-        self._stream = TrainStream(self.check(), self.address, offer)
+        self._stream = TrainStream(self.check(), self.address, self._credentials.metadata(), offer)
         return self._stream
 
     def _drop_offer(self) -> None:
@@ -377,7 +426,7 @@ class Connection:
             OptimdError: the call has failed; with what the server said.
         """
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self.check().unary_stream(READ_STATE)
-        call = method(request.SerializeToString())
+        call = method(request.SerializeToString(), metadata=self._credentials.metadata())
         try:
             for data in call:
                 yield decode(reading_pb2.ReadStateResponse, data)
@@ -395,7 +444,9 @@ class Connection:
             OptimdError: the call has failed; with what the server said.
         """
         try:
-            return OptimizerServiceStub(self.check()).Snapshot(reading_pb2.SnapshotRequest(job=job))
+            return OptimizerServiceStub(self.check()).Snapshot(
+                reading_pb2.SnapshotRequest(job=job), metadata=self._credentials.metadata()
+            )
         except grpc.RpcError as error:
             raise translate(error, self.address) from error
 
@@ -406,7 +457,7 @@ class Connection:
             OptimdError: the connection cannot be used.
         """
         request = reading_pb2.WatchStepsRequest(job=job, worker_id=worker_id, after_step=after_step)
-        self._watch = StepStream(self.check(), self.address, request)
+        self._watch = StepStream(self.check(), self.address, request, self._credentials.metadata())
         return self._watch
 
     def end_watch(self, stream: StepStream) -> None:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from optimd.client.exceptions import ConfigurationError
+from optimd.client.options import Tls
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEnvironment:
-    """`$OPTIMD_SERVER`, `$OPTIMD_JOB`, and what torchrun tells its workers."""
+    """`$OPTIMD_SERVER` and its like, and what torchrun tells its workers."""
 
     server: str | None = None
     job: str | None = None
+    tls: Tls | None = None
+    """None where the environment says nothing of it."""
+    token: str | None = field(default=None, repr=False)
+    token_file: str | None = None
+    insecure: bool = False
     rank: int | None = None
     """torchrun's rank; None without it."""
     world_size: int = 1
@@ -45,13 +51,17 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> WorkerEnviron
     """Reads the environment.
 
     Raises:
-        ConfigurationError: a number is not one.
+        ConfigurationError: a number is not one, or a certificate has no key.
     """
     run_id = variables.get("TORCHELASTIC_RUN_ID")
     under_torchrun = run_id is not None
     return WorkerEnvironment(
         server=variables.get("OPTIMD_SERVER") or None,
         job=variables.get("OPTIMD_JOB") or None,
+        tls=_tls(variables),
+        token=variables.get("OPTIMD_TOKEN") or None,
+        token_file=variables.get("OPTIMD_TOKEN_FILE") or None,
+        insecure=_flag(variables, "OPTIMD_INSECURE"),
         rank=_number(variables, "RANK", None),
         world_size=_number(variables, "WORLD_SIZE", 1),
         local_rank=_number(variables, "LOCAL_RANK", 0),
@@ -60,6 +70,30 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> WorkerEnviron
         run_id=run_id if run_id not in (None, "none") else None,
         host_group=_host_group(variables) if under_torchrun else None,
     )
+
+
+def _tls(variables: Mapping[str, str]) -> Tls | None:
+    names = {
+        "ca": "OPTIMD_TLS_CA",
+        "cert": "OPTIMD_CLIENT_CERT",
+        "key": "OPTIMD_CLIENT_KEY",
+        "server_name": "OPTIMD_TLS_SERVER_NAME",
+    }
+    given = {key: variables[name] for key, name in names.items() if variables.get(name)}
+    if not given:
+        return None
+    if ("cert" in given) != ("key" in given):
+        raise ConfigurationError("$OPTIMD_CLIENT_CERT and $OPTIMD_CLIENT_KEY go together; set both, or neither")
+    return Tls(**given)
+
+
+def _flag(variables: Mapping[str, str], name: str) -> bool:
+    text = variables.get(name, "").lower()
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    if text in ("1", "true", "yes", "on"):
+        return True
+    raise ConfigurationError(f"${name} is {variables[name]!r}; set it to 1 or 0")
 
 
 def _host_group(variables: Mapping[str, str]) -> str:

@@ -4,7 +4,10 @@ OptimdError
 ├── ConfigurationError        (ValueError)       the settings contradict each other or the environment
 ├── ServerUnavailableError    (ConnectionError)  no server answers at the address
 │   ├── EmbeddedServerError                      the server of this process did not start
+│   ├── CertificateError                         one side does not accept the other's certificate
 │   └── ConnectionLostError                      the line broke while a job was open
+├── AuthenticationError       (PermissionError)  the server asks for a token, or does not know the one it got
+├── AuthorizationError        (PermissionError)  the token is not good for the job, or not for admin calls
 ├── JobMismatchError          (ValueError)       parameters, groups, settings or loads are not the job's
 ├── JobExistsError                               on_existing="fail", and the job exists
 ├── JobDeletedError                              the job was deleted under the worker
@@ -43,6 +46,18 @@ class ServerUnavailableError(OptimdError, ConnectionError):
 
 class EmbeddedServerError(ServerUnavailableError):
     """The server of this process did not start."""
+
+
+class CertificateError(ServerUnavailableError):
+    """One side speaks TLS and the other does not, or one does not accept the other's certificate."""
+
+
+class AuthenticationError(OptimdError, PermissionError):
+    """The server asks for a token and was given none, or one that it does not know."""
+
+
+class AuthorizationError(OptimdError, PermissionError):
+    """The token is not good for the job, or not for admin calls."""
 
 
 class ConnectionLostError(ServerUnavailableError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -124,6 +124,31 @@ class WireDtypes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """How TLS is spoken with a server: paths of PEM files, which are read when a line is opened.
+
+    Raises:
+        ConfigurationError: a certificate comes without its key, or a key without its certificate.
+    """
+
+    ca: str | None = None
+    """The authorities that may vouch for the server. None: those that gRPC brings."""
+
+    cert: str | None = None
+    """The worker's certificate and those that lead to its authority, where the server asks for one."""
+
+    key: str | None = None
+    """Its private key, not encrypted."""
+
+    server_name: str | None = None
+    """The name that the server's certificate has to be for. None: the host of its address."""
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ConfigurationError("Tls: cert and key go together; give both, or neither")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyOptions:
     """How an optimizer is connected to its server and its job.
 
@@ -212,7 +237,25 @@ class ProxyOptions:
     hold; what was written, changed or accumulated since is gone, and a `step()` in whose middle it happens drops its
     gradients (`StepReceipt.outcome` is "dropped_late"), as they are of parameters that are gone."""
 
+    tls: Tls | None = None
+    """How TLS is spoken. None: as `$OPTIMD_TLS_CA`, `$OPTIMD_CLIENT_CERT`, `$OPTIMD_CLIENT_KEY` and
+    `$OPTIMD_TLS_SERVER_NAME` say; without any of them, plaintext. On a Unix socket there is none."""
+
+    token: str | None = field(default=None, repr=False)
+    """What the server is shown to be let in. None: what `token_file` has, else `$OPTIMD_TOKEN`."""
+
+    token_file: str | None = None
+    """A file that has the token. It is read for every call, and may be replaced. None: `$OPTIMD_TOKEN_FILE`, where
+    there is no `token` either."""
+
+    insecure: bool = False
+    """Whether a token may travel in the clear to other hosts, on a network that you trust. Also `$OPTIMD_INSECURE`."""
+
     def __post_init__(self) -> None:
+        if self.tls is not None and not isinstance(self.tls, Tls):
+            raise ConfigurationError(f"ProxyOptions(tls={self.tls!r}): a Tls(...) is needed, or None")
+        if self.token is not None and self.token_file is not None:
+            raise ConfigurationError("ProxyOptions: token and token_file are two ways to say the same; give one")
         if self.rank is not None and self.rank < 0:
             raise ConfigurationError(f"ProxyOptions(rank={self.rank}): ranks count from 0")
         if self.world_size is not None and self.world_size != "elastic" and self.world_size < 1:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optimd.client.buffers import AttachedBuffers
 from optimd.client.connection import Connection
+from optimd.client.credentials import INSECURE, Credentials
 from optimd.client.environment import read_environment
 from optimd.client.exceptions import (
     ConfigurationError,
@@ -80,11 +81,16 @@ class OptimizerProxy(RemoteOptimizer):
         tensors = self._tensors()
         parameters = self._described(self.param_groups)
         refuse_shared_memory(tensors, [parameter.name for parameter in parameters])
-        placement = place(server, job, options, read_environment(), rule=self._rule, private=private)
+        environment = read_environment()
+        placement = place(server, job, options, environment, rule=self._rule, private=private)
         name = (placement.request.job, placement.request.worker_id)
         connection: Connection | None = None
         try:
-            connection = Connection(placement.find_server(), options.transport)
+            connection = Connection(
+                placement.find_server(),
+                options.transport,
+                INSECURE if placement.is_embedded else Credentials.chosen(options, environment),
+            )
             connection.reach(options.retry_timeout_s)
             line = JobLine(
                 connection,

@@ -34,6 +34,8 @@ EXCEPTION_OF_REASON: Final[dict[str, type[exceptions.OptimdError]]] = {
     "JOB_REWOUND": exceptions.JobRewoundError,
     "STORAGE_FAILED": exceptions.ConnectionLostError,
     "NOT_DURABLE": exceptions.NotDurableError,
+    "UNAUTHENTICATED": exceptions.AuthenticationError,
+    "PERMISSION_DENIED": exceptions.AuthorizationError,
 }
 """The exception that each reason is raised as."""
 

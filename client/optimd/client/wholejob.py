@@ -12,6 +12,7 @@ import torch
 from optimd.client.beginnings import Beginnings
 from optimd.client.buffers import BufferReceiver
 from optimd.client.connection import Connection
+from optimd.client.credentials import INSECURE, Credentials
 from optimd.client.environment import WorkerEnvironment
 from optimd.client.exceptions import JobExistsError, ProtocolError
 from optimd.client.joblayout import JobLayout
@@ -75,7 +76,15 @@ def read_job(connection: Connection, job: str, *, on_progress: Callable[[int, in
         return reading.finish()
 
 
-def create_job(server: str, job: str, whole: WholeJob, *, worker_id: str, retry_timeout_s: float) -> None:
+def create_job(
+    server: str,
+    job: str,
+    whole: WholeJob,
+    *,
+    worker_id: str,
+    retry_timeout_s: float,
+    credentials: Credentials = INSECURE,
+) -> None:
     """Creates a job with all that `whole` has, but for its steps: it begins at step 0. Blocks.
 
     It is there with all of it or not at all, whenever this is interrupted. Workers that open it join it.
@@ -86,6 +95,7 @@ def create_job(server: str, job: str, whole: WholeJob, *, worker_id: str, retry_
         whole: What it is to have.
         worker_id: As whom to create it.
         retry_timeout_s: How long to wait for the server to answer, in seconds.
+        credentials: What the line is opened with.
 
     Raises:
         ConfigurationError: its settings contradict each other.
@@ -101,7 +111,7 @@ def create_job(server: str, job: str, whole: WholeJob, *, worker_id: str, retry_
         entries=whole.entries,
         buffers=_buffer_values(whole.buffers) if whole.buffers else None,
     )
-    connection = Connection(server)
+    connection = Connection(server, credentials=credentials)
     try:
         connection.probe(retry_timeout_s)
         line = JobLine(connection, request, retry_timeout_s=0, local=_Values(tensors))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import grpc
 
 from optimd.cli.errors import CommandError
+from optimd.cli.target import Target
 from optimd.v1 import admin_pb2, reading_pb2
 from optimd.v1.admin_service_pb2_grpc import AdminServiceStub
 from optimd.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
@@ -21,11 +22,12 @@ class Admin:
     """What a server does for its operator. Every call ends within ten seconds, but for `snapshot`.
 
     Args:
-        address: "host:port" or "unix:///path".
+        target: The server.
     """
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._address = target.address
 
     def jobs(self) -> list[admin_pb2.JobSummary]:
         """All jobs, in order of name.
@@ -38,7 +40,9 @@ class Admin:
         with self._channel() as channel:
             stub = AdminServiceStub(channel)
             while True:
-                page = stub.ListJobs(admin_pb2.ListJobsRequest(page_token=token), timeout=_TIMEOUT_S)
+                page = stub.ListJobs(
+                    admin_pb2.ListJobsRequest(page_token=token), timeout=_TIMEOUT_S, metadata=self._metadata()
+                )
                 jobs += page.jobs
                 token = page.next_page_token
                 if not token:
@@ -51,7 +55,9 @@ class Admin:
             CommandError: there is none of that name, or the server does not answer.
         """
         with self._channel() as channel:
-            return AdminServiceStub(channel).GetJob(admin_pb2.GetJobRequest(job=name), timeout=_TIMEOUT_S)
+            return AdminServiceStub(channel).GetJob(
+                admin_pb2.GetJobRequest(job=name), timeout=_TIMEOUT_S, metadata=self._metadata()
+            )
 
     def delete(self, name: str, *, force: bool) -> None:
         """Drops a job.
@@ -61,7 +67,7 @@ class Admin:
         """
         with self._channel() as channel:
             request = admin_pb2.DeleteJobRequest(job=name, force=force)
-            AdminServiceStub(channel).DeleteJob(request, timeout=_TIMEOUT_S)
+            AdminServiceStub(channel).DeleteJob(request, timeout=_TIMEOUT_S, metadata=self._metadata())
 
     def snapshot(self, name: str) -> reading_pb2.SnapshotResponse:
         """Has a job written to the server's data dir, and waits until it is there, up to an hour.
@@ -75,7 +81,9 @@ class Admin:
         with self._channel() as channel:
             request = reading_pb2.SnapshotRequest(job=name)
             try:
-                return OptimizerServiceStub(channel).Snapshot(request, timeout=_SNAPSHOT_TIMEOUT_S)
+                return OptimizerServiceStub(channel).Snapshot(
+                    request, timeout=_SNAPSHOT_TIMEOUT_S, metadata=self._metadata()
+                )
             except grpc.RpcError as error:
                 if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise CommandError(
@@ -85,11 +93,14 @@ class Admin:
 
     @contextmanager
     def _channel(self) -> Iterator[grpc.Channel]:
-        with grpc.insecure_channel(self._address) as channel:
+        with self._target.credentials.channel(self._address) as channel:
             try:
                 yield channel
             except grpc.RpcError as error:
                 raise CommandError(self._reason(error)) from error
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._target.credentials.metadata()
 
     def _reason(self, error: grpc.RpcError) -> str:
         if not isinstance(error, grpc.Call):
@@ -97,7 +108,7 @@ class Admin:
         # What a server of ours says has a reason beside it, whatever its status.
         says_why = any(key == ERROR_TRAILER for key, _ in error.trailing_metadata() or ())
         if not says_why and error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return (
+            return self._target.credentials.problem(self._address) or (
                 f"no optimd server answers at {self._address}; start one with `optimd serve`, or name it with --server"
             )
         if not says_why and error.code() is grpc.StatusCode.UNIMPLEMENTED:

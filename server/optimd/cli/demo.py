@@ -22,7 +22,10 @@ from optimd.cli.admin import Admin
 from optimd.cli.digits import BATCH, LEARNING_RATE, Digits, Trained, load_digits, train
 from optimd.cli.errors import CommandError
 from optimd.cli.jobs import megabytes
+from optimd.cli.target import Target
 from optimd.client import Adam, ProxyOptions
+from optimd.client.credentials import Credentials
+from optimd.client.environment import read_environment
 from optimd.v1 import admin_pb2
 
 
@@ -108,9 +111,11 @@ def _train_remotely(console: Console, digits: Digits, epochs: int, address: str,
     receipt = trained.optimizer.last_receipt
     if receipt is None:
         raise CommandError("no step was made: there are too few images for a batch")
-    summary = Admin(address).job(name).summary
+    # As the optimizer, which finds in the environment what it is let in with.
+    admin = Admin(Target(address, Credentials.chosen(ProxyOptions(), read_environment())))
+    summary = admin.job(name).summary
     trained.optimizer.close()
-    Admin(address).delete(name, force=False)
+    admin.delete(name, force=False)
     return _Remote(trained, receipt.bytes_sent, receipt.bytes_received, summary, pid)
 
 

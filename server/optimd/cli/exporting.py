@@ -12,18 +12,17 @@ from optimd.cli.checkpoint import to_checkpoint
 from optimd.cli.checkpointfiles import check_target, write_checkpoint
 from optimd.cli.jobs import megabytes
 from optimd.cli.progress import transfer
+from optimd.cli.target import Target, at_server
 from optimd.client.connection import Connection
 from optimd.client.wholejob import WholeJob, read_job
-from optimd.server.config import DEFAULT_ADDRESS
 
 
+@at_server
 def export_job(
     job: Annotated[str, typer.Argument(help="The job's name.")],
     path: Annotated[Path, typer.Argument(help="The file to write: out.pt or out.safetensors. The name says its form.")],
-    server: Annotated[
-        str, typer.Option(help="The server: host:port or unix:///path.", envvar="OPTIMD_SERVER")
-    ] = DEFAULT_ADDRESS,
     *,
+    target: Target,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
     """Write a job to a checkpoint file: its parameters, Adam's state, its hyperparameters and its buffers.
@@ -42,8 +41,8 @@ def export_job(
     """
     check_target(path, force=force)
     # Says in one sentence that there is no such server or job.
-    Admin(server).job(job)
-    connection = Connection(server)
+    Admin(target).job(job)
+    connection = Connection(target.address, credentials=target.credentials)
     try:
         with transfer(f"reading {job}") as on_progress:
             whole = read_job(connection, job, on_progress=on_progress)

@@ -12,9 +12,9 @@ import typer
 from optimd.cli.admin import Admin
 from optimd.cli.checkpointfiles import read_checkpoint
 from optimd.cli.errors import CommandError
+from optimd.cli.target import Target, at_server
 from optimd.client import Async, ProxyOptions, Sync
 from optimd.client.wholejob import create_job
-from optimd.server.config import DEFAULT_ADDRESS
 
 _WORKER_ID: Final = "optimd-import"
 _ANSWER_TIMEOUT_S: Final = 10.0
@@ -35,14 +35,14 @@ class Apply(StrEnum):
     ATOMIC = "atomic"
 
 
+@at_server
 def import_job(
     file: Annotated[Path, typer.Argument(help="What `optimd export` has written: a .pt or .safetensors file.")],
     job: Annotated[
         str | None, typer.Option(help="The new job's name. Default: the name of the one in the file.")
     ] = None,
-    server: Annotated[
-        str, typer.Option(help="The server: host:port or unix:///path.", envvar="OPTIMD_SERVER")
-    ] = DEFAULT_ADDRESS,
+    *,
+    target: Target,
     world_size: Annotated[
         str | None, typer.Option(help='How many workers are to train synchronously, or "elastic". Default: as it was.')
     ] = None,
@@ -66,21 +66,23 @@ def import_job(
 
     The job is there with all of it, or not at all if this is interrupted.
     """
-    admin = Admin(server)
+    admin = Admin(target)
     present = {summary.job for summary in admin.jobs()}
     name, whole = read_checkpoint(file)
     name = job or name
     if name in present:
         raise CommandError(
-            f"job {name} exists on {server}: choose another name with --job, or drop it with `optimd jobs delete`"
+            f"job {name} exists on {target.address}: choose another name with --job, or drop it with `optimd jobs "
+            "delete`"
         )
     options = _override(whole.options, world_size, aggregation, max_staleness, apply)
     create_job(
-        server,
+        target.address,
         name,
         dataclasses.replace(whole, options=options),
         worker_id=_WORKER_ID,
         retry_timeout_s=_ANSWER_TIMEOUT_S,
+        credentials=target.credentials,
     )
     state = f"the state of {len(whole.entries)}" if whole.entries else "no state"
     typer.echo(

@@ -11,17 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from optimd.cli.admin import Admin
-from optimd.server.config import DEFAULT_ADDRESS
+from optimd.cli.target import Target, at_server
 from optimd.v1 import admin_pb2, job_pb2
 
-_Server = Annotated[str, typer.Option(help="The server: host:port or unix:///path.", envvar="OPTIMD_SERVER")]
 _Json = Annotated[bool, typer.Option("--json", help="Write JSON, for a program to read.")]
 _Job = Annotated[str, typer.Argument(help="The job's name.")]
 
 
-def list_jobs(server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = False) -> None:
+@at_server
+def list_jobs(*, target: Target, as_json: _Json = False) -> None:
     """List the jobs that a server holds."""
-    jobs = Admin(server).jobs()
+    jobs = Admin(target).jobs()
     if as_json:
         typer.echo(_json(admin_pb2.ListJobsResponse(jobs=jobs)))
         return
@@ -39,9 +39,10 @@ def list_jobs(server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = False) -> N
     Console().print(table if jobs else "no jobs")
 
 
-def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = False) -> None:
+@at_server
+def show_job(job: _Job, *, target: Target, as_json: _Json = False) -> None:
     """Show one job and the workers in it."""
-    answer = Admin(server).job(job)
+    answer = Admin(target).job(job)
     if as_json:
         typer.echo(_json(answer))
         return
@@ -69,24 +70,26 @@ def show_job(job: _Job, server: _Server = DEFAULT_ADDRESS, *, as_json: _Json = F
     console.print(table if answer.workers else "no worker is in it")
 
 
-def snapshot_job(job: _Job, server: _Server = DEFAULT_ADDRESS) -> None:
+@at_server
+def snapshot_job(job: _Job, *, target: Target) -> None:
     """Have a server write a snapshot of a job to its data dir now. Training goes on meanwhile.
 
     It is there when this ends, and a server that is started again with that data dir goes on from it. For a file of
     your own, which torch reads, use `optimd export`.
     """
-    snapshot = Admin(server).snapshot(job)
+    snapshot = Admin(target).snapshot(job)
     typer.echo(f"job {job} at step {snapshot.step} is in {snapshot.path}: {megabytes(snapshot.nbytes)}")
 
 
+@at_server
 def delete_job(
     job: _Job,
-    server: _Server = DEFAULT_ADDRESS,
     *,
+    target: Target,
     force: Annotated[bool, typer.Option("--force", help="Although workers are in it: their steps fail.")] = False,
 ) -> None:
     """Drop a job, its parameters and its state. There is no way back."""
-    Admin(server).delete(job, force=force)
+    Admin(target).delete(job, force=force)
     typer.echo(f"job {job} is deleted")
 
 

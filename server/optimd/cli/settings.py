@@ -16,6 +16,7 @@ import typer
 
 from optimd.cli.errors import CommandError
 from optimd.cli.logs import LogFormat, LogLevel
+from optimd.cli.signatures import option, own_parameters, with_parameters
 from optimd.server import ServerConfig
 
 _PREFIX: Final = "OPTIMD_"
@@ -98,32 +99,18 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         sources = {name: _source(context, name) for name in _NAMES}
         command(chosen=Chosen(values, sources), **own)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [
-        parameter.replace(kind=keyword)
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name != "chosen"
-    ]
     parameters = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        inspect.Parameter("config", keyword, default=None, annotation=_CONFIG),
+        option("config", _CONFIG, None),
         *(_parameter(setting) for setting in SETTINGS),
-        *own,
+        *own_parameters(command, without="chosen"),
     ]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
-    return wrapped
+    return with_parameters(wrapped, command, parameters)
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:
-    option = typer.Option(help=setting.text, envvar=setting.variable)
-    return inspect.Parameter(
-        setting.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=setting.default,
-        annotation=Annotated[setting.kind, option],
-    )
+    text = typer.Option(help=setting.text, envvar=setting.variable)
+    return option(setting.name, Annotated[setting.kind, text], setting.default)
 
 
 def _source(context: typer.Context, name: str) -> str:

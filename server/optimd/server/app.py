@@ -22,6 +22,8 @@ from optimd.server.registry import JobRegistry
 from optimd.server.services import AdminService, Limits, OptimizerService
 from optimd.server.storage import Storage, StorageSettings
 from optimd.server.timekeeper import TimeKeeper
+from optimd.server.tls import CertificateFiles
+from optimd.server.tokens import Gate
 from optimd.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from optimd.wire.sharedmemory import sweep
 
@@ -66,11 +68,13 @@ class Server:
         files: What it keeps its jobs in; None for the system's files.
 
     Raises:
-        ConfigurationError: its device is not there, or its data dir cannot be used.
+        ConfigurationError: its device is not there, or its data dir, certificate or tokens cannot be used.
     """
 
     def __init__(self, config: ServerConfig, *, files: Files | None = None) -> None:
         self._config = config
+        self._gate = Gate(Path(config.tokens) if config.tokens else None)
+        self._credentials = _credentials(config)
         self.device = config.resolved_device()
         limits = Limits(
             max_workers=config.max_workers,
@@ -89,7 +93,7 @@ class Server:
             storage=self._storage,
         )
         self._keeper = TimeKeeper(self.registry, period_s=min(_TICK_S, config.lease_s / 4))
-        self._service = OptimizerService(self.registry, limits)
+        self._service = OptimizerService(self.registry, limits, self._gate)
         self._server = grpc.server(
             # A stream holds its thread; its worker may read state and watch steps besides.
             ThreadPoolExecutor(3 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
@@ -98,7 +102,7 @@ class Server:
             options=_CHANNEL_OPTIONS if config.socket_path is not None else (*_CHANNEL_OPTIONS, *_KEEPALIVE),
         )
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        add_AdminServiceServicer_to_server(AdminService(self.registry), self._server)
+        add_AdminServiceServicer_to_server(AdminService(self.registry, self._gate), self._server)
         self._health = _add_standard_services(self._server) if config.health else None
         self._grpc_threads: list[threading.Thread] = []
         self.address = config.address
@@ -123,7 +127,11 @@ class Server:
                 self._server.add_insecure_port(f"unix:{path}")
             else:
                 _try_bind(self._config)
-                port = self._server.add_insecure_port(self._config.address)
+                port = (
+                    self._server.add_insecure_port(self._config.address)
+                    if self._credentials is None
+                    else self._server.add_secure_port(self._config.address, self._credentials)
+                )
                 self.address = f"{self._config.address.rpartition(':')[0]}:{port}"
         except (RuntimeError, OSError) as error:
             raise ConfigurationError(
@@ -135,6 +143,10 @@ class Server:
         self._server.start()
         self._grpc_threads = [thread for thread in threading.enumerate() if thread not in before]
         return self.address
+
+    def reload(self) -> None:
+        """Reads the file of tokens again. Certificates need no such call."""
+        self._gate.reload()
 
     def stop(self) -> None:
         """Stops: takes no new streams, waits up to `drain_timeout_s` for open steps, ends the streams. Blocks."""
@@ -164,6 +176,13 @@ class Server:
         path = self._config.socket_path
         if path is not None:
             path.unlink(missing_ok=True)
+
+
+def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    if not config.tls_cert:
+        return None
+    client_ca = Path(config.tls_client_ca) if config.tls_client_ca else None
+    return CertificateFiles(Path(config.tls_cert), Path(config.tls_key), client_ca).credentials()
 
 
 def _storage(config: ServerConfig, device: torch.device, files: Files | None) -> Storage:

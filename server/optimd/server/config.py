@@ -54,6 +54,18 @@ class ServerConfig:
     insecure: bool = setting(
         default=False, text="Speak plaintext beyond loopback addresses and Unix sockets, on a network that you trust."
     )
+    tls_cert: str = setting(
+        "", "A PEM file with this server's certificate and those that lead to its authority: speak TLS."
+    )
+    tls_key: str = setting("", "A PEM file with the private key of --tls-cert, not encrypted.")
+    tls_client_ca: str = setting(
+        "",
+        "A PEM file of authorities: take only clients that show a certificate of one of these. All three files may be "
+        "replaced while the server runs.",
+    )
+    tokens: str = setting(
+        "", "A TOML file of the tokens of which callers have to bring one (docs/security.md). SIGHUP reads it again."
+    )
     data_dir: str = setting(
         "", "The folder to keep jobs in, so that they outlive this server. Empty: they live in memory and end with it."
     )
@@ -126,13 +138,29 @@ class ServerConfig:
         # A NaN is not negative either.
         if not self.drain_timeout_s <= threading.TIMEOUT_MAX:
             raise ConfigurationError(f"drain_timeout_s is {self.drain_timeout_s}; it must be a number of seconds")
+        self._check_tls()
         if self.socket_path is not None:
             if not self.socket_path.is_absolute():
                 raise ConfigurationError(f"{self.address!r} is not an address; write host:port or unix:///path")
-        elif not _is_loopback(self.host) and not self.insecure:
+        elif not _is_loopback(self.host) and not self.insecure and not self.tls_cert:
             raise ConfigurationError(
-                f"{self.address} can be reached from other hosts, and this server speaks plaintext: listen on "
-                "127.0.0.1 or unix:///path, or pass --insecure on a network that you trust"
+                f"{self.address} can be reached from other hosts, and this server speaks plaintext: give it a "
+                "certificate (--tls-cert and --tls-key), listen on 127.0.0.1 or unix:///path, or pass --insecure on a "
+                "network that you trust"
+            )
+
+    def _check_tls(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ConfigurationError(f"{given} needs {missing}: a certificate and its key go together")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigurationError(
+                "tls_client_ca needs tls_cert and tls_key: clients show certificates over TLS only"
+            )
+        if self.tls_cert and self.socket_path is not None:
+            raise ConfigurationError(
+                f"{self.address} is a Unix socket, which its file's permissions protect: leave tls_cert out, or listen "
+                "on host:port"
             )
 
     @classmethod

@@ -24,7 +24,9 @@
         ├── NonFiniteGradientError  NONFINITE_GRADIENT
         ├── JobRewoundError       JOB_REWOUND       the worker was told of more than the job has on disk
         ├── StorageFailedError    STORAGE_FAILED    the data dir cannot be written to
-        └── NotDurableError       NOT_DURABLE       the server keeps nothing on disk, and was asked to
+        ├── NotDurableError       NOT_DURABLE       the server keeps nothing on disk, and was asked to
+        ├── UnauthenticatedError  UNAUTHENTICATED   no token was brought, or one that is not known
+        └── PermissionDeniedError  PERMISSION_DENIED  the token is not good for that
 
 Domain code never sees gRPC: `interceptor.py` translates, by the table in `optimd.wire.reasons`.
 """
@@ -189,3 +191,15 @@ class NotDurableError(RequestError):
     """The server keeps nothing on disk, and was asked to."""
 
     reason = "NOT_DURABLE"
+
+
+class UnauthenticatedError(RequestError):
+    """The caller has brought no token, or one that is not known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(RequestError):
+    """The caller's token is not good for what it asks for."""
+
+    reason = "PERMISSION_DENIED"

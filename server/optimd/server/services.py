@@ -12,6 +12,7 @@ import grpc
 import torch
 
 from optimd.server import update
+from optimd.server.callers import certificate_name, secret_of
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
 from optimd.server.job import Job
 from optimd.server.opening import encode_aggregation, encode_apply
@@ -19,6 +20,7 @@ from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
 from optimd.server.session import TrainSession
+from optimd.server.tokens import Caller, Gate
 from optimd.server.watching import encode_step
 from optimd.v1 import admin_pb2, job_pb2, reading_pb2
 from optimd.v1.admin_service_pb2_grpc import AdminServiceServicer
@@ -54,11 +56,13 @@ class OptimizerService:
     Args:
         registry: The server's jobs.
         limits: What the server takes.
+        gate: Who may call.
     """
 
-    def __init__(self, registry: JobRegistry, limits: Limits) -> None:
+    def __init__(self, registry: JobRegistry, limits: Limits, gate: Gate) -> None:
         self._registry = registry
         self._limits = limits
+        self._gate = gate
         self._streams = threading.BoundedSemaphore(limits.max_workers)
         self._reads = threading.BoundedSemaphore(limits.max_workers)
         self._watchers = threading.BoundedSemaphore(limits.max_workers)
@@ -99,9 +103,14 @@ class OptimizerService:
         )
 
     def get_capabilities(
-        self, request: reading_pb2.GetCapabilitiesRequest, _context: grpc.ServicerContext
+        self, request: reading_pb2.GetCapabilitiesRequest, context: grpc.ServicerContext
     ) -> reading_pb2.GetCapabilitiesResponse:
-        """What the server is and how much it takes, and whether it is where a worker has shared memory."""
+        """What the server is and how much it takes, and whether it is where a worker has shared memory.
+
+        Raises:
+            UnauthenticatedError: no token was brought, or one that is not known. So does every method below.
+        """
+        self._admit(context)
         reason = ""
         if request.HasField("shared_memory"):
             reason = self._not_shared_because(request.shared_memory)
@@ -119,6 +128,14 @@ class OptimizerService:
             not_shared_because=reason,
         )
 
+    def _admit(self, context: grpc.ServicerContext) -> Caller:
+        """Who calls.
+
+        Raises:
+            UnauthenticatedError: nobody who may.
+        """
+        return self._gate.admit(secret_of(context))
+
     def _not_shared_because(self, offer: job_pb2.SharedMemory) -> str:
         """Why a worker's memory is not shared; empty where it is."""
         if not self._limits.shares_memory:
@@ -130,9 +147,14 @@ class OptimizerService:
         return ""
 
     def heartbeat(
-        self, request: reading_pb2.HeartbeatRequest, _context: grpc.ServicerContext
+        self, request: reading_pb2.HeartbeatRequest, context: grpc.ServicerContext
     ) -> reading_pb2.HeartbeatResponse:
-        """A worker is alive. Waits for nothing."""
+        """A worker is alive. Waits for nothing.
+
+        Raises:
+            PermissionDeniedError: the token is not good for the job. So does every method below.
+        """
+        self._admit(context).check_job(request.job)
         in_job = self._registry.hear(request.job, request.worker_id, request.incarnation)
         return reading_pb2.HeartbeatResponse(in_job=in_job)
 
@@ -144,6 +166,7 @@ class OptimizerService:
             ShuttingDownError: the server is stopping.
             RequestError: what the session raises.
         """
+        caller = self._admit(context)
         if self._draining.is_set():
             raise ShuttingDownError("the server is shutting down")
         if not self._streams.acquire(blocking=False):
@@ -156,13 +179,17 @@ class OptimizerService:
             is_active=context.is_active,
             cancel=context.cancel,
             shares_memory=self._limits.shares_memory,
+            authorize=caller.check_job,
+            proofs=_proofs(caller, context),
         )
+        leave = self._gate.stay(caller, context.cancel)
         # A stream that says nothing would hold its place for ever.
         impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
         impatience.daemon = True
 
         def on_end() -> None:
             impatience.cancel()
+            leave()
             self._streams.release()
             session.end()
 
@@ -182,11 +209,14 @@ class OptimizerService:
             message, _ = decode(reading_pb2.ReadStateRequest, request)
         except MalformedMessageError as error:
             raise InvalidFieldError("ReadStateRequest", str(error)) from error
+        caller = self._admit(context)
+        caller.check_job(message.job)
         if not self._reads.acquire(blocking=False):
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"
             )
         if _at_the_end(context, self._reads.release):
+            _at_the_end(context, self._gate.stay(caller, context.cancel))
             job = self._registry.get(message.job)
 
             def on_hold(hold: ReadHold) -> None:
@@ -205,6 +235,8 @@ class OptimizerService:
             UnknownJobError: there is no job of that name.
             JobDeletedError: the job went away.
         """
+        caller = self._admit(context)
+        caller.check_job(request.job)
         if self._draining.is_set():
             raise ShuttingDownError("the server is shutting down")
         if not self._watchers.acquire(blocking=False):
@@ -212,6 +244,7 @@ class OptimizerService:
                 f"this server serves {self._limits.max_workers} watchers at once and is busy (--max-workers)"
             )
         if _at_the_end(context, self._watchers.release):
+            _at_the_end(context, self._gate.stay(caller, context.cancel))
             job = self._registry.get(request.job)
             watch = job.history.watch(request.after_step)
             _at_the_end(context, watch.end)
@@ -221,7 +254,7 @@ class OptimizerService:
                 yield encode_step(step, request.worker_id)
 
     def snapshot(
-        self, request: reading_pb2.SnapshotRequest, _context: grpc.ServicerContext
+        self, request: reading_pb2.SnapshotRequest, context: grpc.ServicerContext
     ) -> reading_pb2.SnapshotResponse:
         """A snapshot of a job. Waits until it is on disk.
 
@@ -229,6 +262,7 @@ class OptimizerService:
             LimitExceededError: there are too many reads already.
             RequestError: what `JobRegistry.snapshot` raises.
         """
+        self._admit(context).check_job(request.job)
         if not self._reads.acquire(blocking=False):
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"
@@ -238,6 +272,12 @@ class OptimizerService:
             return reading_pb2.SnapshotResponse(step=taken.step, path=str(taken.folder), nbytes=taken.nbytes)
         finally:
             self._reads.release()
+
+
+def _proofs(caller: Caller, context: grpc.ServicerContext) -> str:
+    """What a caller has shown, for the log."""
+    certificate = certificate_name(context)
+    return ", ".join(f"{what} {name}" for what, name in (("token", caller.name), ("certificate", certificate)) if name)
 
 
 def _at_the_end(context: grpc.ServicerContext, work: Callable[[], None]) -> bool:
@@ -260,19 +300,25 @@ def _at_the_end(context: grpc.ServicerContext, work: Callable[[], None]) -> bool
 
 
 class AdminService(AdminServiceServicer):
-    """`optimd.v1.AdminService`.
+    """`optimd.v1.AdminService`. Every call is for callers whose token is good for it.
 
     Args:
         registry: The server's jobs.
+        gate: Who may call.
     """
 
-    def __init__(self, registry: JobRegistry) -> None:
+    def __init__(self, registry: JobRegistry, gate: Gate) -> None:
         self._registry = registry
+        self._gate = gate
+
+    def _admit(self, context: grpc.ServicerContext) -> None:
+        self._gate.admit(secret_of(context)).check_admin()
 
     def ListJobs(  # noqa: N802  # the schema's name
-        self, request: admin_pb2.ListJobsRequest, _context: grpc.ServicerContext
+        self, request: admin_pb2.ListJobsRequest, context: grpc.ServicerContext
     ) -> admin_pb2.ListJobsResponse:
         """The jobs, in order of name."""
+        self._admit(context)
         size = min(request.page_size or _MAX_PAGE, _MAX_PAGE)
         jobs = [job for job in self._registry.all() if job.name > request.page_token]
         page = jobs[:size]
@@ -282,9 +328,10 @@ class AdminService(AdminServiceServicer):
         )
 
     def GetJob(  # noqa: N802  # the schema's name
-        self, request: admin_pb2.GetJobRequest, _context: grpc.ServicerContext
+        self, request: admin_pb2.GetJobRequest, context: grpc.ServicerContext
     ) -> admin_pb2.GetJobResponse:
         """One job in detail."""
+        self._admit(context)
         job = self._registry.get(request.job)
         settings = job.settings
         groups = (encode_group(index, update.RULE, group) for index, group in enumerate(job.groups[:_MAX_GROUPS_SHOWN]))
@@ -316,9 +363,10 @@ class AdminService(AdminServiceServicer):
         )
 
     def DeleteJob(  # noqa: N802  # the schema's name
-        self, request: admin_pb2.DeleteJobRequest, _context: grpc.ServicerContext
+        self, request: admin_pb2.DeleteJobRequest, context: grpc.ServicerContext
     ) -> admin_pb2.DeleteJobResponse:
         """Drops a job."""
+        self._admit(context)
         self._registry.delete(request.job, force=request.force)
         return admin_pb2.DeleteJobResponse()
 

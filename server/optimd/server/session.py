@@ -61,6 +61,9 @@ class TrainSession:
         requests: The serialised requests, as they come.
         is_active: Whether the call is still under way.
         cancel: Ends it. May be called from any thread, and more than once.
+        shares_memory: Whether payloads may go through memory that worker and server share.
+        authorize: Raises if the caller may not use the job of this name. Called before anything else is looked at.
+        proofs: What the caller has shown to be let in, for the log.
     """
 
     def __init__(
@@ -71,9 +74,13 @@ class TrainSession:
         is_active: Callable[[], bool] = lambda: True,
         cancel: Callable[[], object] = lambda: None,
         shares_memory: bool = True,
+        authorize: Callable[[str], None] = lambda _job: None,
+        proofs: str = "",
     ) -> None:
         self._registry = registry
         self._shares_memory = shares_memory
+        self._authorize = authorize
+        self._proofs = proofs
         self._incoming = Incoming(requests, self._hear)
         self._outgoing = Outgoing(registry.device)
         self._ahead = AheadGradients()
@@ -196,6 +203,7 @@ class TrainSession:
 
     def _open(self) -> Generator[bytes, None, tuple[Job, Member]]:
         _, message, _ = self._incoming.expect("open")
+        self._authorize(message.open.job)
         self._outgoing.takes_bundles = message.open.takes_bundles
         self._share_memory(message.open)
         self._incoming.widener.encoding = agreed(message.open.gradients)
@@ -219,11 +227,12 @@ class TrainSession:
             # What it was bringing when its line broke, it does not know to be there.
             del member.groups[len(layout.groups) :]
         _log.info(
-            "job %s: rank %d (%s, optimd %s) %s at step %d",
+            "job %s: rank %d (%s, optimd %s%s) %s at step %d",
             job.name,
             member.worker.rank,
             member.worker.worker_id,
             message.open.client_version or "of another make",
+            f", {self._proofs}" if self._proofs else "",
             "created it" if entry.creates else "returned" if returns else "joined",
             job.step,
         )

@@ -30,6 +30,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_JOB_REWOUND: _ClassVar[ErrorReason]
     ERROR_REASON_STORAGE_FAILED: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_DURABLE: _ClassVar[ErrorReason]
+    ERROR_REASON_UNAUTHENTICATED: _ClassVar[ErrorReason]
+    ERROR_REASON_PERMISSION_DENIED: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_INVALID_FIELD: ErrorReason
@@ -53,6 +55,8 @@ ERROR_REASON_LEASE_ENDED: ErrorReason
 ERROR_REASON_JOB_REWOUND: ErrorReason
 ERROR_REASON_STORAGE_FAILED: ErrorReason
 ERROR_REASON_NOT_DURABLE: ErrorReason
+ERROR_REASON_UNAUTHENTICATED: ErrorReason
+ERROR_REASON_PERMISSION_DENIED: ErrorReason
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "field", "incident_id")

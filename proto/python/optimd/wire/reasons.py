@@ -36,6 +36,8 @@ STATUS_OF_REASON: Final[dict[str, str]] = {
     "JOB_REWOUND": "ABORTED",
     "STORAGE_FAILED": "UNAVAILABLE",
     "NOT_DURABLE": "FAILED_PRECONDITION",
+    "UNAUTHENTICATED": "UNAUTHENTICATED",
+    "PERMISSION_DENIED": "PERMISSION_DENIED",
 }
 """The gRPC status of each reason, by the schema's names without their prefix."""
 
