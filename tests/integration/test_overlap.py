@@ -457,8 +457,23 @@ def test_reentrant_checkpoints_that_share_a_parameter_are_refused(server: Server
             x.sum().backward()
 
 
+def test_sparse_gradients_get_torchs_error(server: Server) -> None:
+    """From `step()`, as without overlap; backward goes through."""
+    table = nn.Embedding(10, 4, sparse=True)
+    with Adam(table.parameters(), server=server.address, options=options()) as optimizer:
+        table(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            optimizer.step()
+
+
 def _clip(model: nn.Module, _: Adam) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+
+def _clip_behind_torchs_back(model: nn.Module, _: Adam) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.data.mul_(0.5)
 
 
 def _scale(model: nn.Module, _: Adam) -> None:
@@ -474,7 +489,13 @@ def _as_a_scaler(_: nn.Module, optimizer: Adam) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "remedy"), [(_clip, "max_grad_norm"), (_scale, "max_grad_norm"), (_as_a_scaler, "bfloat16")]
+    ("change", "remedy"),
+    [
+        (_clip, "max_grad_norm"),
+        (_clip_behind_torchs_back, "max_grad_norm"),
+        (_scale, "max_grad_norm"),
+        (_as_a_scaler, "bfloat16"),
+    ],
 )
 def test_gradients_that_are_changed_after_backward_are_refused_with_the_alternative(
     server: Server, change: Callable[[nn.Module, Adam], None], remedy: str

@@ -38,6 +38,10 @@ _RUN_BYTES: Final = 64
 _WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+Content = bytes | int | tuple[torch.Tensor, ...]
+"""What stands for a tensor's bits: see `content_of`."""
+
+
 class _Mark(NamedTuple):
     """What a tensor was when it was last in order."""
 
@@ -45,7 +49,7 @@ class _Mark(NamedTuple):
     """Its memory, which is not kept: whether it is still there tells a later one at the same address apart."""
     pointer: int
     version: int
-    content: bytes | int | tuple[torch.Tensor, ...]
+    content: Content
 
 
 class ValueWatch:
@@ -92,7 +96,7 @@ def _mark(tensor: torch.Tensor) -> _Mark | None:
     if not is_held(tensor) or not has_memory(tensor):
         return None
     memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    return _Mark(memory, tensor.data_ptr(), _version(tensor), _content(tensor))
+    return _Mark(memory, tensor.data_ptr(), _version(tensor), content_of(tensor))
 
 
 def _is_still(tensor: torch.Tensor, mark: _Mark | None) -> bool:
@@ -103,10 +107,7 @@ def _is_still(tensor: torch.Tensor, mark: _Mark | None) -> bool:
         return True
     if mark is None or not _is_there(tensor, mark):
         return False
-    now, then = _content(tensor), mark.content
-    if not isinstance(now, tuple) or not isinstance(then, tuple):
-        return now == then
-    return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
+    return is_same(content_of(tensor), mark.content)
 
 
 def _is_there(tensor: torch.Tensor, mark: _Mark) -> bool:
@@ -121,8 +122,18 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
-def _content(tensor: torch.Tensor) -> bytes | int | tuple[torch.Tensor, ...]:
-    """What stands for a tensor's bits (a NaN is not equal to itself), of one form for each shape and layout."""
+def is_same(now: Content, then: Content) -> bool:
+    """Whether a tensor, of one shape and layout, has kept what `content_of` has told of it."""
+    if not isinstance(now, tuple) or not isinstance(then, tuple):
+        return now == then
+    return all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
+
+
+def content_of(tensor: torch.Tensor) -> Content:
+    """What stands for a tensor's bits (a NaN is not equal to itself), of one form for each shape and layout.
+
+    What it misses is said of `ValueWatch`.
+    """
     nbytes = tensor.numel() * tensor.element_size()
     if (
         nbytes <= _RAW_UP_TO_BYTES

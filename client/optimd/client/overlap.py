@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from optimd.client.aheadpush import AheadPush
+from optimd.client.changes import content_of, is_same
 from optimd.client.exceptions import ConfigurationError
 from optimd.client.parameters import is_held
 from optimd.client.session import Session
@@ -46,6 +47,12 @@ class _Left:
         self._memory = StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
         self._pointer = grad.data_ptr()
         self._version = grad._version  # noqa: SLF001  # torch has no other name for it
+        self._content = content_of(grad.detach())
+
+    def is_changed(self, grad: torch.Tensor) -> bool:
+        """Whether `grad` has other elements now, or is another."""
+        # Writes through `.data` move no version: `p.grad.data.clamp_()` is an old way to clip.
+        return self.writes_to(grad) != 0 or not is_same(content_of(grad.detach()), self._content)
 
     def writes_to(self, grad: torch.Tensor) -> int:
         """How often it has been written to since, if `grad` is it; -1 where that is another."""
@@ -144,7 +151,7 @@ class Overlap:
             for index, left in self._left.items():
                 grad = grads[index] if index < len(grads) else None
                 is_cleared = is_cleared or grad is None
-                if grad is not None and left.writes_to(grad):
+                if grad is not None and left.is_changed(grad):
                     raise ConfigurationError(_CHANGED)
             layout = self._session.layout
             now = {
@@ -185,7 +192,8 @@ class Overlap:
                 return
             if not self._push.is_open or not self._fits(index, tensor, grad):
                 self._push.abandon()
-            self._left[index] = _Left(grad)
+            if grad.layout is torch.strided:
+                self._left[index] = _Left(grad)
             for bucket in self._buckets_of.get(index, ()):
                 self._waiting[bucket.bucket_id] -= 1
                 if not self._waiting[bucket.bucket_id]:
