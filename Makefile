@@ -2,7 +2,8 @@
 #
 #   make demo         train handwritten digits through a remote Adam and compare with torch's own
 #   make test         every check, then the tests against the built wheel
-#   make integration  PyTorch Lightning and Hugging Face accelerate train with the built wheel, and as with torch's own
+#   make integration  PyTorch Lightning and Hugging Face accelerate train with the built wheel, and as with torch's own;
+#                     Prometheus watches a server, and is asked all that the dashboard and the alerts ask
 #   make soak         kill servers and workers for a quarter of an hour, and compare every bit with undisturbed runs
 #   make gpu-check    the CUDA tests and the benchmark against a server on a GPU; needs a machine with one
 #   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
@@ -69,6 +70,7 @@ integration: wheel
 	$(BIN)/python -m pip --python $(TRAINERS_VENV)/bin/python install --quiet --disable-pip-version-check \
 		-c constraints.txt "$$(echo dist/optimd-*.whl)[integration]"
 	$(TRAINERS_VENV)/bin/python -m pytest --against-wheel tests/trainers $(PYTEST_ARGS)
+	$(WHEEL_VENV)/bin/python -m pytest --against-wheel tests/observability $(PYTEST_ARGS)
 
 soak: wheel
 	$(WHEEL_VENV)/bin/python -m pytest --against-wheel -s tests/soak $(PYTEST_ARGS)

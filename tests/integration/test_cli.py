@@ -21,22 +21,16 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from torch import nn
-from typer.testing import CliRunner
 
 from optimd.cli.app import app
 from optimd.client import Adam, ProxyOptions
 from optimd.server import Server, ServerConfig
 from optimd.v1 import admin_pb2, errors_pb2, reading_pb2
 from optimd.wire.reasons import ERROR_TRAILER
+from tests.command import optimd
 from tests.support import in_threads, running_server
 
 OPTIMD = Path(sys.executable).parent / "optimd"
-
-
-def optimd(*arguments: str) -> tuple[int, str]:
-    """Runs the command in this process: its status, and what it wrote."""
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120", "TERM": "dumb"})
-    return result.exit_code, result.output
 
 
 def stepped(server: Server, name: str) -> Adam:

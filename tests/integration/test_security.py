@@ -16,9 +16,7 @@ import grpc
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from optimd.cli.app import app
 from optimd.client import (
     Adam,
     AuthenticationError,
@@ -33,6 +31,7 @@ from optimd.server import Server
 from optimd.v1 import admin_pb2, admin_service_pb2, job_pb2, optimizer_service_pb2, reading_pb2, training_pb2
 from optimd.wire.reasons import ERROR_TRAILER
 from tests.certificates import Authority, Pair
+from tests.command import optimd
 from tests.support import eventually, running_server, server_process
 
 TOKENS = """
@@ -88,18 +87,6 @@ def trained_locally(steps: int = 3) -> torch.Tensor:
         p.grad = torch.full((1000,), step + 1.0)
         optimizer.step()
     return p.detach()
-
-
-def optimd(*arguments: str, **environment: str) -> tuple[int, str]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120", "TERM": "dumb", **environment})
-    finally:
-        # `serve` has its log go to where the command writes, which is gone now.
-        root.handlers[:] = handlers
-        root.setLevel(level)
-    return result.exit_code, result.output
 
 
 @contextmanager

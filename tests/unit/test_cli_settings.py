@@ -8,16 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from optimd.cli.app import app
 from optimd.server import ServerConfig
+from tests.command import optimd
 
 
 def serve(*arguments: str, **environment: str) -> tuple[int, str]:
     """Runs `optimd serve` in this process: its status, and what it wrote."""
-    result = CliRunner().invoke(app, ("serve", *arguments), env={"COLUMNS": "120", "TERM": "dumb", **environment})
-    return result.exit_code, result.output
+    return optimd("serve", *arguments, **environment)
 
 
 def told(path: Path, content: str) -> Path:

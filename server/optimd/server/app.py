@@ -30,6 +30,8 @@ from optimd.wire.sharedmemory import sweep
 if TYPE_CHECKING:
     from grpc_health.v1.health import HealthServicer
 
+    from optimd.server.metrics import MetricsServer
+
 _log = logging.getLogger(__name__)
 
 RESERVED_THREADS: Final = 8
@@ -94,18 +96,22 @@ class Server:
         )
         self._keeper = TimeKeeper(self.registry, period_s=min(_TICK_S, config.lease_s / 4))
         self._service = OptimizerService(self.registry, limits, self._gate)
+        self._translation = ErrorTranslation()
         self._server = grpc.server(
             # A stream holds its thread; its worker may read state and watch steps besides.
             ThreadPoolExecutor(3 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
-            interceptors=[ErrorTranslation()],
+            interceptors=[self._translation],
             # A peer on this machine that is gone is seen to be; one that is stopped may rest for as long as it likes.
             options=_CHANNEL_OPTIONS if config.socket_path is not None else (*_CHANNEL_OPTIONS, *_KEEPALIVE),
         )
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         add_AdminServiceServicer_to_server(AdminService(self.registry, self._gate), self._server)
         self._health = _add_standard_services(self._server) if config.health else None
+        self._metrics: MetricsServer | None = None
         self._grpc_threads: list[threading.Thread] = []
         self.address = config.address
+        self.metrics_address = ""
+        """Where metrics are served, once it has started; empty where they are not."""
 
     def start(self) -> str:
         """Brings back the jobs of the data dir, binds the address and begins to serve.
@@ -137,6 +143,9 @@ class Server:
             raise ConfigurationError(
                 f"cannot listen on {self._config.address}: {error}; choose another with --address"
             ) from error
+        if self._config.metrics_address:
+            self._metrics = self._serve_metrics()
+            self.metrics_address = self._metrics.address
         self.registry.begin()
         self._keeper.start()
         before = set(threading.enumerate())
@@ -168,6 +177,8 @@ class Server:
         # C++ code, and the process aborts instead of exiting with 0.
         for thread in self._grpc_threads:
             thread.join(_THREAD_END_S)
+        if self._metrics is not None:
+            self._metrics.stop()
         for job in self.registry.all():
             job.store.hide()
         if self._storage is not None:
@@ -176,6 +187,15 @@ class Server:
         path = self._config.socket_path
         if path is not None:
             path.unlink(missing_ok=True)
+
+    def _serve_metrics(self) -> MetricsServer:
+        # Only where they are asked for: a worker's embedded server does without what this needs.
+        try:
+            from optimd.server.metrics import MetricsServer, ServerCollector  # noqa: PLC0415
+        except ImportError as error:
+            raise ConfigurationError(f"--metrics-address needs {error.name}: pip install 'optimd[server]'") from error
+        collector = ServerCollector(self.registry.all, self.device, lambda: self._translation.failures, self._storage)
+        return MetricsServer(self._config.metrics_address, collector)
 
 
 def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:

@@ -19,6 +19,7 @@ from optimd.server.errors import (
     SupersededError,
     WorkerInUseError,
 )
+from optimd.server.measures import JobMeasures
 from optimd.server.member import Member, WorkerRecord
 from optimd.server.membership import Membership, Verdict
 from optimd.server.policies import Aggregator
@@ -47,6 +48,7 @@ class Company:
         changed: The job's condition: notified of all that a worker may wait for.
         lease_s: How long a worker stays in the job after it was last heard of, in seconds.
         max_workers: The most workers at once.
+        measures: What is counted of the job.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Company:
         *,
         lease_s: float,
         max_workers: int,
+        measures: JobMeasures,
     ) -> None:
         self._job = job
         self._settings = settings
         self._aggregator = aggregator
         self._changed = changed
         self._max_workers = max_workers
+        self._measures = measures
         self.membership = Membership(lease_s, while_broken=settings.private)
         self.phase = JobPhase.CREATING
         self.members: dict[Worker, Member] = {}
@@ -86,6 +90,7 @@ class Company:
         record = self.record(worker.worker_id)
         record.next_sequence = receipt.sequence + 1
         record.receipt = receipt
+        self._measures.answered(receipt)
         member = self.members.get(worker)
         if member is not None:
             member.held.forget()

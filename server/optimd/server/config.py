@@ -104,6 +104,9 @@ class ServerConfig:
         default=True,
         text="Let workers on this host hand over payloads in shared memory, where they run as the same user.",
     )
+    metrics_address: str = setting(
+        "", "Where to serve metrics to Prometheus: host:port, at /metrics, in the clear. Port 0 takes a free one."
+    )
     drain_timeout_s: float = setting(10.0, "How long a stopping server waits for open steps, in seconds.")
     health: bool = setting(
         default=True, text="Serve the standard health and reflection services. They need optimd[server]."
@@ -149,6 +152,9 @@ class ServerConfig:
                 "network that you trust"
             )
 
+        if self.metrics_address:
+            host_of(self.metrics_address)
+
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
             given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
@@ -185,10 +191,7 @@ class ServerConfig:
         Raises:
             ConfigurationError: the address is not "host:port".
         """
-        host, separator, port = self.address.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigurationError(f"{self.address!r} is not an address; write host:port or unix:///path")
-        return host.strip("[]")
+        return host_of(self.address, "host:port or unix:///path")
 
     def resolved_threads(self) -> int:
         """The number of torch threads."""
@@ -229,6 +232,23 @@ class ServerConfig:
             here = f"it has cuda:0 to cuda:{count - 1}" if count else "it has no CUDA device"
             raise ConfigurationError(f"device {self.device} is not on this machine ({here}); use --device auto or cpu")
         return torch.device("cuda", index)
+
+
+def host_of(address: str, forms: str = "host:port") -> str:
+    """The host of a TCP address.
+
+    Raises:
+        ConfigurationError: it is none; it should have one of these `forms`.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigurationError(f"{address!r} is not an address; write {forms}")
+    return host.strip("[]")
+
+
+def port_of(address: str) -> int:
+    """The port of an address that `host_of` has found to be one."""
+    return int(address.rpartition(":")[2])
 
 
 def _is_loopback(host: str) -> bool:

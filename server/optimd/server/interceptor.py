@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
@@ -27,6 +29,16 @@ class ErrorTranslation(grpc.ServerInterceptor):
     incident id, under which the log has the traceback.
     """
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failures: Counter[str] = Counter(dict.fromkeys(STATUS_OF_REASON, 0))  # guarded by self._lock
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many calls have ended with each reason."""
+        with self._lock:
+            return dict(self._failures)
+
     def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
@@ -38,42 +50,47 @@ class ErrorTranslation(grpc.ServerInterceptor):
         if handler is None or not method.startswith(_OURS):
             # Health and reflection handle their own errors, and how they are to be scheduled is written on the handler.
             return handler
+        forms = (handler.request_deserializer, handler.response_serializer)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _guard(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_unary_rpc_method_handler(_guard(method, handler.unary_unary, self._count), *forms)
         if handler.unary_stream is not None:
+            guarded = _guard_stream(method, handler.unary_stream, self._count)
             return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+                _guard_stream(method, handler.unary_stream, self._count), *forms
             )
         if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(method, handler.stream_stream), handler.request_deserializer, handler.response_serializer
-            )
+            guarded = _guard_stream(method, handler.stream_stream, self._count)
+            return grpc.stream_stream_rpc_method_handler(guarded, *forms)
         return handler
 
+    def _count(self, reason: str) -> None:
+        with self._lock:
+            self._failures[reason] += 1
 
-def _guard(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+
+def _guard(method: str, behaviour: Callable[..., Any], count: Callable[[str], None]) -> Callable[..., Any]:
     def guarded(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return behaviour(request, context)
         except Exception as error:  # noqa: BLE001  # the last line of defence
-            _abort(method, context, error)
+            _abort(method, context, error, count)
 
     return guarded
 
 
-def _guard_stream(method: str, behaviour: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def _guard_stream(
+    method: str, behaviour: Callable[..., Iterator[Any]], count: Callable[[str], None]
+) -> Callable[..., Iterator[Any]]:
     def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from behaviour(request, context)
         except Exception as error:  # noqa: BLE001  # the last line of defence
-            _abort(method, context, error)
+            _abort(method, context, error, count)
 
     return guarded
 
 
-def _abort(method: str, context: grpc.ServicerContext, error: Exception) -> NoReturn:
+def _abort(method: str, context: grpc.ServicerContext, error: Exception, count: Callable[[str], None]) -> NoReturn:
     if not context.is_active():
         # The other end is gone: nobody is there to be told, and what was raised followed from that.
         _log.debug("%s: ended by the other end (%s)", method, error)
@@ -93,6 +110,7 @@ def _abort(method: str, context: grpc.ServicerContext, error: Exception) -> NoRe
         )
         status = STATUS_OF_REASON["INTERNAL"]
         _log.error("%s: incident %s", method, incident, exc_info=error)
+    count(error.reason if isinstance(error, RequestError) else "INTERNAL")
     context.set_trailing_metadata(((ERROR_TRAILER, detail.SerializeToString()),))
     context.abort(getattr(grpc.StatusCode, status), detail.message)
 

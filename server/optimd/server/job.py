@@ -26,6 +26,7 @@ from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
 from optimd.server.errors import LimitExceededError
 from optimd.server.journal import JobJournal
+from optimd.server.measures import JobMeasures
 from optimd.server.member import Former, Member, Standing, WorkerRecord
 from optimd.server.parts import JobParts
 from optimd.server.policies import aggregator_for
@@ -71,13 +72,21 @@ class Job:
         self.settings = settings
         self.history = StepHistory(name)
         self._changed = threading.Condition()
+        self.measures = JobMeasures()
+        """What is counted of it."""
         self.journal = journal or JobJournal(name)
         self.journal.describe_contributions(self._contribution_locked)
         # All below: changed with self._changed held.
         self._content = JobContent(settings, device)
         self._aggregator = aggregator_for(settings)
         self._company = Company(
-            name, settings, self._aggregator, self._changed, lease_s=lease_s, max_workers=max_workers
+            name,
+            settings,
+            self._aggregator,
+            self._changed,
+            lease_s=lease_s,
+            max_workers=max_workers,
+            measures=self.measures,
         )
         self._readers = Readers(self._changed)
         self.buffers = JobBuffers(
@@ -98,6 +107,7 @@ class Job:
             readers=self._readers,
             buffers=self.buffers,
             history=self.history,
+            measures=self.measures,
             check_room=self._check_room_locked,
             journal=self.journal,
         )

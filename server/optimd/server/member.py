@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,6 +183,8 @@ class Member:
     """What the gradients of its open push were multiplied by."""
     staleness: int = 0
     """That of its open push, so far."""
+    waited_s: float = 0.0
+    """How long it has waited, with a push of its own complete, for others and for what they made it wait for."""
     own_steps: int = 0
     """How many steps it has contributed to since it came."""
     sight: Sight = field(default_factory=Sight)
@@ -202,6 +205,16 @@ class Member:
     """The buckets of its open push that it was told are there, when it returned: it may leave them out."""
     cancel: Callable[[], object] = lambda: None
     """Ends its stream. May be called from any thread, and more than once."""
+
+    @property
+    def silent_s(self) -> float:
+        """Since when nothing was heard of it, in seconds."""
+        return max(0.0, time.monotonic() - self.place.heard_s)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is kept for it: gradients that it has had accumulated, or sends ahead of its pushes."""
+        return self.held.nbytes + self.ahead_bytes
 
     @property
     def counts(self) -> bool:

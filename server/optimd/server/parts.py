@@ -10,6 +10,7 @@ from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company
 from optimd.server.content import JobContent
 from optimd.server.journal import JobJournal
+from optimd.server.measures import JobMeasures
 from optimd.server.policies import Aggregator
 from optimd.server.readers import Readers
 from optimd.server.settings import JobSettings
@@ -36,6 +37,8 @@ class JobParts:
     """What it keeps besides."""
     history: StepHistory
     """Where committed steps go."""
+    measures: JobMeasures
+    """What is counted of it."""
     journal: JobJournal
     """Where what it does is written down first."""
     check_room: Callable[[int, str], None]

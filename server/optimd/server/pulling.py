@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -102,7 +103,7 @@ class Pulling:
 
         with self._changed:
             while True:
-                self._job.company.wait(push.member, has_news, None)
+                self._wait_locked(push.member, has_news)
                 self._pushing.check_sound_locked(round_)
                 if self._pushing.takes_locked(push) and aggregator.owed(worker):
                     self._pushing.push_held_again_locked(push)
@@ -132,10 +133,10 @@ class Pulling:
             if not self._needs_catch_up_locked(push):
                 return None
             if self._job.settings.is_async:
-                self._job.company.wait(push.member, lambda: not aggregator.is_waiting(worker), None)
+                self._wait_locked(push.member, lambda: not aggregator.is_waiting(worker))
             else:
                 with self._job.company.waiting_at_boundary():
-                    self._job.company.wait(push.member, lambda: not aggregator.has_applied, None)
+                    self._wait_locked(push.member, lambda: not aggregator.has_applied)
                 aggregator.catch_up(worker)
             if push.store is not self._job.content.store:
                 raise JobMismatchError(
@@ -216,6 +217,14 @@ class Pulling:
         Should others go on without it meanwhile, it finds that out by `OpenPush.values_version`.
         """
         return self.stands_still and encoding.is_exact and push.store.is_shared(bucket)
+
+    def _wait_locked(self, member: Member, condition: Callable[[], bool]) -> None:
+        """Waits as `Company.wait`, for as long as it takes, and counts that as the worker's waiting."""
+        began = time.perf_counter()
+        try:
+            self._job.company.wait(member, condition, None)
+        finally:
+            member.waited_s += time.perf_counter() - began
 
     def confirm(self, member: Member) -> None:
         """A worker has gone on: it has all that it has been sent."""

@@ -5,6 +5,7 @@ The functions here serve one exchange of a training stream each, in the stream's
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 
 import torch
@@ -47,6 +48,7 @@ def serve_step(
     Raises:
         RequestError: the stream cannot go on.
     """
+    began = time.perf_counter()
     for _ in range(begin.param_group_pages):
         _, message, _ = incoming.expect("param_groups")
         for group in message.param_groups.groups:
@@ -76,6 +78,7 @@ def serve_step(
     try:
         yield from _serve_begun(incoming, outgoing, job, push, begin, ahead if begin.ahead else None)
         yield from outgoing.flush()
+        job.measures.step_seconds.observe(time.perf_counter() - began)
     finally:
         ahead.forget()
         job.pushing.finished(member)
@@ -104,7 +107,9 @@ def _serve_begun(
             raise InvalidFieldError("StepBegin", "a push that is to bring no gradients has brought some")
         if owed is not None and bucket.bucket_id not in owed:
             raise InvalidFieldError("TensorBucket.bucket_id", f"{bucket.bucket_id} was not to be pushed again")
+        began = time.perf_counter()
         job.pushing.push(push, bucket, present, payload)
+        job.measures.bucket_seconds.observe(time.perf_counter() - began)
 
     try:
         while True:

@@ -118,9 +118,11 @@ class Pushing:
             if self.answered_locked(push) is not None:
                 # On the stream before this one, while the worker was on its way back.
                 push.was_answered = member.occupied = True
+                self._job.measures.deduplicated += 1
                 return push
             self._job.company.check_sequence(member, "StepBegin", sequence)
             resumes = self._job.aggregator.has_begun(member.worker)
+            self._job.measures.resumed += resumes
             if not resumes:
                 self._await_turn_locked(member)
             if self._draining and not resumes and not self._job.aggregator.is_open:
@@ -476,6 +478,7 @@ class Pushing:
         commit = round_.commit
         if commit is None:
             raise RuntimeError("the round has not been committed")
+        self._job.measures.steps += 1
         self._job.journal.round_committed(
             round_.number,
             commit,

@@ -14,6 +14,7 @@ from typing import Final
 from optimd.server.errors import StorageFailedError
 from optimd.server.files import Part
 from optimd.server.log import Log, LogSyncError
+from optimd.server.measures import SYNC_SECONDS, Histogram
 from optimd.server.records import ALIGNMENT, length_of
 from optimd.v1 import journal_pb2
 
@@ -49,6 +50,8 @@ class RecordWriter:
         self._stopping = stopping or threading.Event()
         self._given_up = threading.Event()
         self._repair: Callable[[], None] = lambda: None
+        self.sync_seconds = Histogram(SYNC_SECONDS)
+        """How long what was to be acknowledged has waited for the disk. Thread-safe."""
         # Guarded by the job's lock.
         self.has_failed = False
         """Whether something could not be written before the server stopped: then memory is not what is written down."""
@@ -112,7 +115,8 @@ class RecordWriter:
         position = log.position
         while True:
             try:
-                log.sync(position)
+                with self.sync_seconds.timing():
+                    log.sync(position)
                 break
             except LogSyncError as error:
                 self._complain(error)

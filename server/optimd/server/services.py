@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -353,7 +352,7 @@ class AdminService(AdminServiceServicer):
                     bytes_received=member.bytes_received,
                     bytes_sent=member.bytes_sent,
                     connected=member.alive,
-                    silent_s=max(0.0, time.monotonic() - member.place.heard_s),
+                    silent_s=member.silent_s,
                     dropped=job.record(member.worker.worker_id).dropped,
                     lag=job.lag(member),
                 )

@@ -121,8 +121,7 @@ class TrainSession:
                     yield response
                     continue
                 self._bytes_sent += len(response)
-                self._member.bytes_sent = self._bytes_sent + self._outgoing.placed_bytes
-                self._member.bytes_received = self._incoming.bytes_received
+                self._count_bytes(self._member)
                 # gRPC comes back for the next one when it has got rid of this one.
                 self._member.place.sending_since_s = time.monotonic()
                 yield response
@@ -140,6 +139,12 @@ class TrainSession:
                     self._registry.leave(self._job, self._member)
                 else:
                     self._registry.disconnect(self._job, self._member)
+
+    def _count_bytes(self, member: Member) -> None:
+        sent, received = self._bytes_sent + self._outgoing.placed_bytes, self._incoming.bytes_received
+        if self._job is not None:
+            self._job.measures.transferred(received=received - member.bytes_received, sent=sent - member.bytes_sent)
+        member.bytes_sent, member.bytes_received = sent, received
 
     def _hear(self) -> None:
         if self._member is not None:

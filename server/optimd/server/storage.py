@@ -54,6 +54,17 @@ class StorageSettings:
     accept_loss: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotTold:
+    """What is known of a job's last snapshot."""
+
+    step: int
+    age_s: float
+    """Of one that an earlier server took: since this one has started."""
+    took_s: float
+    """How long it took; 0 where an earlier server took it."""
+
+
 class _Kept:
     """One job on disk."""
 
@@ -67,6 +78,7 @@ class _Kept:
         self.taken_s = time.monotonic()
         self.taken_step = 0
         self.taken_position = 0
+        self.taken_in_s = 0.0
         self.has_snapshot = False
         self.failed_s: float | None = None
 
@@ -261,12 +273,28 @@ class Storage:
             StorageFailedError: it could not be written.
             JobDeletedError: the job went away.
         """
-        with self._lock:
-            kept = self._kept.get(job.name)
-        if kept is None or kept.job is not job:
+        kept = self._kept_as(job)
+        if kept is None:
             raise NotDurableError(f"job {job.name!r} is not kept on disk")
         with kept.taking:
             return self._take(kept, job)
+
+    def replay_bytes(self, job: Job) -> int:
+        """How much of a job's journal a restart would replay, in bytes. Does not wait."""
+        kept = self._kept_as(job)
+        return 0 if kept is None or not job.journal.is_kept else job.journal.position - kept.taken_position
+
+    def last_snapshot(self, job: Job) -> SnapshotTold | None:
+        """What is known of a job's last snapshot; None where it has none. Does not wait."""
+        kept = self._kept_as(job)
+        if kept is None or not kept.has_snapshot:
+            return None
+        return SnapshotTold(step=kept.taken_step, age_s=time.monotonic() - kept.taken_s, took_s=kept.taken_in_s)
+
+    def _kept_as(self, job: Job) -> _Kept | None:
+        with self._lock:
+            kept = self._kept.get(job.name)
+        return kept if kept is not None and kept.job is job else None
 
     def _take(self, kept: _Kept, job: Job) -> SnapshotInfo:
         begun = time.monotonic()
@@ -282,6 +310,7 @@ class Storage:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             _log.error("job %s: no snapshot could be written: %s. Those before it are as they were", job.name, reason)
             raise StorageFailedError(f"no snapshot of job {job.name!r} could be written: {reason}") from error
+        kept.taken_in_s = time.monotonic() - begun
         self._settle(kept, job, info)
         _log.info(
             "job %s: snapshot %s of step %d, %.1f MB in %.2f s",
@@ -289,7 +318,7 @@ class Storage:
             info.folder.name,
             info.step,
             info.nbytes / 1e6,
-            time.monotonic() - begun,
+            kept.taken_in_s,
         )
         return info
 
