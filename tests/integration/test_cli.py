@@ -110,7 +110,7 @@ def test_a_deleted_job_ends_its_workers_steps_with_the_reason(server: Server) ->
 
 def test_more_jobs_than_a_page_are_all_listed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command asks until there is no next page."""
-    monkeypatch.setattr("optimd.server.services._MAX_PAGE", 2)
+    monkeypatch.setattr("optimd.server.adminservice._MAX_PAGE", 2)
     optimizers = [stepped(server, f"job-{number}") for number in range(5)]
     names = [job["job"] for job in json.loads(optimd("jobs", "list", "--server", server.address, "--json")[1])["jobs"]]
     assert names == [f"job-{number}" for number in range(5)]

@@ -292,6 +292,8 @@ def _requests() -> dict[str, tuple[Any, str]]:
         "OptimizerService/Snapshot": (reading_pb2.SnapshotRequest(job="speech"), job),
         "AdminService/ListJobs": (admin_pb2.ListJobsRequest(), admin),
         "AdminService/GetJob": (admin_pb2.GetJobRequest(job="speech"), admin),
+        "AdminService/GetStatus": (admin_pb2.GetStatusRequest(), admin),
+        "AdminService/EvictWorker": (admin_pb2.EvictWorkerRequest(job="speech", worker_id="x"), admin),
         "AdminService/DeleteJob": (admin_pb2.DeleteJobRequest(job="speech"), admin),
     }
 

@@ -75,6 +75,7 @@ def test_the_exported_names_are_these() -> None:
         "ConfigurationError",
         "ConnectionLostError",
         "EmbeddedServerError",
+        "EvictedError",
         "ForkedProcessError",
         "InternalServerError",
         "JobDeletedError",

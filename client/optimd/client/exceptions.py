@@ -14,6 +14,7 @@ OptimdError
 ├── JobRewoundError           (RuntimeError)     the server has come back with less than it had acknowledged
 ├── UnknownJobError           (LookupError)      no job of that name
 ├── WorkerInUseError                             a live worker has that worker_id or rank
+├── EvictedError              (RuntimeError)     an operator has taken this worker out of the job
 ├── SupersededError           (RuntimeError)     another process has taken this one's worker_id
 ├── LimitExceededError                           a limit of the server
 ├── StepTimeoutError          (TimeoutError)     other workers did not come in time
@@ -90,6 +91,10 @@ class UnknownJobError(OptimdError, LookupError):
 
 class WorkerInUseError(OptimdError):
     """A live worker of the job has that worker_id or that rank."""
+
+
+class EvictedError(OptimdError, RuntimeError):
+    """An operator has taken this worker out of the job. Another process can take its place."""
 
 
 class SupersededError(OptimdError, RuntimeError):

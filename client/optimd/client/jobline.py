@@ -22,6 +22,7 @@ from optimd.client.caretaker import caretaker
 from optimd.client.connection import LEAVE_TIMEOUT_S, Connection, TrainStream
 from optimd.client.exceptions import (
     ConnectionLostError,
+    EvictedError,
     JobDeletedError,
     JobRewoundError,
     LimitExceededError,
@@ -59,7 +60,7 @@ _SHORTEST_OPENING_S: Final = 5.0
 _BEATS_A_LEASE: Final = 5
 _LONGEST_BEAT_S: Final = 30.0
 
-_FOR_GOOD: Final = (SupersededError, JobDeletedError, JobRewoundError)
+_FOR_GOOD: Final = (EvictedError, SupersededError, JobDeletedError, JobRewoundError)
 """What a worker is told whatever it tries, and however often."""
 
 

@@ -36,6 +36,8 @@ EXCEPTION_OF_REASON: Final[dict[str, type[exceptions.OptimdError]]] = {
     "NOT_DURABLE": exceptions.NotDurableError,
     "UNAUTHENTICATED": exceptions.AuthenticationError,
     "PERMISSION_DENIED": exceptions.AuthorizationError,
+    "EVICTED": exceptions.EvictedError,
+    "UNKNOWN_WORKER": exceptions.OptimdError,
 }
 """The exception that each reason is raised as."""
 

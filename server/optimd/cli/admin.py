@@ -59,6 +59,27 @@ class Admin:
                 admin_pb2.GetJobRequest(job=name), timeout=_TIMEOUT_S, metadata=self._metadata()
             )
 
+    def status(self) -> admin_pb2.GetStatusResponse:
+        """How the server is.
+
+        Raises:
+            CommandError: the server does not answer.
+        """
+        with self._channel() as channel:
+            return AdminServiceStub(channel).GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=_TIMEOUT_S, metadata=self._metadata()
+            )
+
+    def evict(self, name: str, worker_id: str) -> None:
+        """Takes a worker out of a job.
+
+        Raises:
+            CommandError: there is no such job or worker, or the server does not answer.
+        """
+        with self._channel() as channel:
+            request = admin_pb2.EvictWorkerRequest(job=name, worker_id=worker_id)
+            AdminServiceStub(channel).EvictWorker(request, timeout=_TIMEOUT_S, metadata=self._metadata())
+
     def delete(self, name: str, *, force: bool) -> None:
         """Drops a job.
 

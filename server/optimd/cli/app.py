@@ -13,11 +13,14 @@ import torch
 import typer
 
 from optimd.cli import jobs
+from optimd.cli.bench import bench
 from optimd.cli.demo import demo
 from optimd.cli.errors import CommandError
 from optimd.cli.exporting import export_job
 from optimd.cli.importing import import_job
 from optimd.cli.serve import serve
+from optimd.cli.status import show_status
+from optimd.cli.top import show_top
 from optimd.cli.verify import verify_jobs
 from optimd.client import OptimdError
 from optimd.server import ConfigurationError
@@ -55,6 +58,9 @@ def show_version() -> None:
 
 app.command()(_in_one_sentence(serve))
 app.command()(_in_one_sentence(demo))
+app.command(name="status")(_in_one_sentence(show_status))
+app.command(name="top")(_in_one_sentence(show_top))
+app.command()(_in_one_sentence(bench))
 app.command(name="export")(_in_one_sentence(export_job))
 app.command(name="import")(_in_one_sentence(import_job))
 
@@ -64,6 +70,7 @@ _jobs = typer.Typer(
 _jobs.command(name="list")(_in_one_sentence(jobs.list_jobs))
 _jobs.command(name="show")(_in_one_sentence(jobs.show_job))
 _jobs.command(name="snapshot")(_in_one_sentence(jobs.snapshot_job))
+_jobs.command(name="evict")(_in_one_sentence(jobs.evict_worker))
 _jobs.command(name="verify")(_in_one_sentence(verify_jobs))
 _jobs.command(name="delete")(_in_one_sentence(jobs.delete_job))
 app.add_typer(_jobs, name="jobs")

@@ -21,10 +21,9 @@ from torch import nn
 from optimd.cli.admin import Admin
 from optimd.cli.digits import BATCH, LEARNING_RATE, Digits, Trained, load_digits, train
 from optimd.cli.errors import CommandError
-from optimd.cli.jobs import megabytes
+from optimd.cli.figures import megabytes
 from optimd.cli.target import Target
 from optimd.client import Adam, ProxyOptions
-from optimd.client.credentials import Credentials
 from optimd.client.environment import read_environment
 from optimd.v1 import admin_pb2
 
@@ -112,7 +111,10 @@ def _train_remotely(console: Console, digits: Digits, epochs: int, address: str,
     if receipt is None:
         raise CommandError("no step was made: there are too few images for a batch")
     # As the optimizer, which finds in the environment what it is let in with.
-    admin = Admin(Target(address, Credentials.chosen(ProxyOptions(), read_environment())))
+    told = read_environment()
+    admin = Admin(
+        Target(address=address, tls=told.tls, token=told.token, token_file=told.token_file, insecure=told.insecure)
+    )
     summary = admin.job(name).summary
     trained.optimizer.close()
     admin.delete(name, force=False)

@@ -10,7 +10,7 @@ import typer
 from optimd.cli.admin import Admin
 from optimd.cli.checkpoint import to_checkpoint
 from optimd.cli.checkpointfiles import check_target, write_checkpoint
-from optimd.cli.jobs import megabytes
+from optimd.cli.figures import megabytes
 from optimd.cli.progress import transfer
 from optimd.cli.target import Target, at_server
 from optimd.client.connection import Connection

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from optimd.cli.admin import Admin
+from optimd.cli.figures import megabytes
 from optimd.cli.target import Target, at_server
 from optimd.v1 import admin_pb2, job_pb2
 
@@ -93,6 +94,22 @@ def delete_job(
     typer.echo(f"job {job} is deleted")
 
 
+@at_server
+def evict_worker(
+    job: _Job,
+    worker: Annotated[str, typer.Argument(help="The worker's worker_id, as `optimd jobs show` has it.")],
+    *,
+    target: Target,
+) -> None:
+    """Take a worker out of a job at once, whatever it is doing: the others do not wait for it any more.
+
+    Its process is told so and cannot come back, as long as this server runs; another one can take its place. What it
+    has not pushed in full is in no step.
+    """
+    Admin(target).evict(job, worker)
+    typer.echo(f"worker {worker} is out of job {job}")
+
+
 def _policy(aggregation: job_pb2.Aggregation) -> str:
     if aggregation.WhichOneof("policy") == "asynchronous":
         bound = aggregation.asynchronous
@@ -104,11 +121,6 @@ def _policy(aggregation: job_pb2.Aggregation) -> str:
         + (", in order of rank" if sync.deterministic else "")
         + (", lost ones awaited" if sync.on_loss == job_pb2.ON_LOSS_WAIT else "")
     )
-
-
-def megabytes(nbytes: int) -> str:
-    """`nbytes` for a person."""
-    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _json(message: admin_pb2.ListJobsResponse | admin_pb2.GetJobResponse) -> str:

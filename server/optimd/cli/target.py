@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
 import typer
 
 from optimd.cli.signatures import option, own_parameters, with_parameters
-from optimd.client import Tls
+from optimd.client import ProxyOptions, Tls
 from optimd.client.credentials import Credentials
 from optimd.server.config import DEFAULT_ADDRESS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A server, and what lines to it are opened with."""
 
     address: str
-    credentials: Credentials
+    tls: Tls | None = None
+    token: str | None = field(default=None, repr=False)
+    token_file: str | None = None
+    insecure: bool = False
+
+    @property
+    def credentials(self) -> Credentials:
+        """For a line."""
+        return Credentials(self.tls, token=self.token, token_file=self.token_file, insecure=self.insecure)
+
+    def options(self, **others: Any) -> ProxyOptions:
+        """For an optimizer, with other options."""
+        return ProxyOptions(
+            tls=self.tls, token=self.token, token_file=self.token_file, insecure=self.insecure, **others
+        )
 
 
 _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
@@ -86,11 +100,15 @@ def at_server(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(**given: Any) -> None:
         address, ca, server_name, cert, key, token_file, insecure = (given.pop(name) for name in _OPTIONS)
         token = given.pop("token")
-        tls = (
-            None if not (ca or server_name or cert or key) else Tls(ca=ca, cert=cert, key=key, server_name=server_name)
+        speaks_tls = bool(ca or server_name or cert or key)
+        target = Target(
+            address=address,
+            tls=Tls(ca=ca, cert=cert, key=key, server_name=server_name) if speaks_tls else None,
+            token=None if token_file else token,
+            token_file=token_file,
+            insecure=insecure,
         )
-        credentials = Credentials(tls, token=None if token_file else token, token_file=token_file, insecure=insecure)
-        command(target=Target(address, credentials), **given)
+        command(target=target, **given)
 
     options = [option(name, annotation, default) for name, (annotation, default) in _OPTIONS.items()]
     parameters = [*own_parameters(command, without="target"), *options, option("token", _TOKEN, None)]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from optimd.cli.jobs import megabytes
+from optimd.cli.figures import megabytes
 from optimd.server.verifying import DataDirReport, JobReport, JournalReport, RecoveryReport, SnapshotReport, verify
 
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 import grpc
 import torch
 
+from optimd.server.adminservice import AdminService
 from optimd.server.config import ServerConfig
 from optimd.server.datadir import DataDir
 from optimd.server.errors import ConfigurationError
 from optimd.server.files import Files
 from optimd.server.interceptor import ErrorTranslation
 from optimd.server.registry import JobRegistry
-from optimd.server.services import AdminService, Limits, OptimizerService
+from optimd.server.services import Limits, OptimizerService
 from optimd.server.storage import Storage, StorageSettings
 from optimd.server.timekeeper import TimeKeeper
 from optimd.server.tls import CertificateFiles
@@ -105,7 +106,8 @@ class Server:
             options=_CHANNEL_OPTIONS if config.socket_path is not None else (*_CHANNEL_OPTIONS, *_KEEPALIVE),
         )
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        add_AdminServiceServicer_to_server(AdminService(self.registry, self._gate), self._server)
+        self._admin_service = AdminService(self.registry, limits, self._gate)
+        add_AdminServiceServicer_to_server(self._admin_service, self._server)
         self._health = _add_standard_services(self._server) if config.health else None
         self._metrics: MetricsServer | None = None
         self._grpc_threads: list[threading.Thread] = []
@@ -160,6 +162,7 @@ class Server:
     def stop(self) -> None:
         """Stops: takes no new streams, waits up to `drain_timeout_s` for open steps, ends the streams. Blocks."""
         self._service.drain()
+        self._admin_service.drain()
         if self._health is not None:
             self._health.enter_graceful_shutdown()
         deadline = time.monotonic() + self._config.drain_timeout_s

@@ -11,6 +11,7 @@ from typing import Final
 
 from optimd.server.aggregation import Worker
 from optimd.server.errors import (
+    EvictedError,
     JobDeletedError,
     LeaseEndedError,
     LimitExceededError,
@@ -36,6 +37,14 @@ class JobPhase(Enum):
     CREATING = auto()
     READY = auto()
     DELETED = auto()
+
+
+def evicted(job: str, worker: Worker) -> str:
+    """What a process is told that an operator has taken out of a job."""
+    return (
+        f"job {job!r}: an operator has taken worker {worker.worker_id!r} (rank {worker.rank}) out of the job; start it "
+        "again to have it back"
+    )
 
 
 class Company:
@@ -122,11 +131,14 @@ class Company:
 
         Raises:
             JobDeletedError: the job is gone.
+            EvictedError: an operator has taken it out.
             SupersededError: another process has taken the worker's id.
             OutOfOrderError: the worker's line is down.
         """
         if self.phase is JobPhase.DELETED:
             raise JobDeletedError(f"job {self._job!r} was deleted")
+        if member.evicted:
+            raise EvictedError(evicted(self._job, member.worker))
         if member.superseded:
             raise SupersededError(
                 f"another process has taken worker_id {member.worker.worker_id!r} of job {self._job!r}; this one is "

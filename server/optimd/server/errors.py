@@ -25,6 +25,8 @@
         ├── JobRewoundError       JOB_REWOUND       the worker was told of more than the job has on disk
         ├── StorageFailedError    STORAGE_FAILED    the data dir cannot be written to
         ├── NotDurableError       NOT_DURABLE       the server keeps nothing on disk, and was asked to
+        ├── EvictedError          EVICTED           an operator has taken the worker out
+        ├── UnknownWorkerError    UNKNOWN_WORKER
         ├── UnauthenticatedError  UNAUTHENTICATED   no token was brought, or one that is not known
         └── PermissionDeniedError  PERMISSION_DENIED  the token is not good for that
 
@@ -203,3 +205,15 @@ class PermissionDeniedError(RequestError):
     """The caller's token is not good for what it asks for."""
 
     reason = "PERMISSION_DENIED"
+
+
+class EvictedError(RequestError):
+    """An operator has taken the worker's process out of the job."""
+
+    reason = "EVICTED"
+
+
+class UnknownWorkerError(RequestError):
+    """The job has no worker of that worker_id."""
+
+    reason = "UNKNOWN_WORKER"

@@ -24,7 +24,7 @@ from optimd.server.bringing import Bringing
 from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
-from optimd.server.errors import LimitExceededError
+from optimd.server.errors import LimitExceededError, UnknownWorkerError
 from optimd.server.journal import JobJournal
 from optimd.server.measures import JobMeasures
 from optimd.server.member import Former, Member, Standing, WorkerRecord
@@ -346,6 +346,22 @@ class Job:
                 self._remove_locked(member.worker)
             self._changed.notify_all()
 
+    def evict(self, worker_id: str) -> None:
+        """Takes a worker out for good, with its place, whatever it is doing. Waits for readers.
+
+        Its process cannot come back while this server runs; another one can take its `worker_id`.
+
+        Raises:
+            UnknownWorkerError: there is none of that `worker_id`.
+        """
+        with self._changed:
+            worker = next((each for each in self._company.members if each.worker_id == worker_id), None)
+            if worker is None:
+                raise UnknownWorkerError(f"job {self.name!r} has no worker {worker_id!r}")
+            _log.warning("job %s: rank %d (%s) was taken out by an operator", self.name, worker.rank, worker_id)
+            self._company.record(worker_id).evicted = self._company.members[worker].incarnation
+            self._remove_locked(worker, evicted=True, ends_stream=True)
+
     def is_due(self, now: float) -> bool:
         """Whether `tick` may have something to do. Does not wait, not even for the lock."""
         timed = self._aggregator.is_timed or self._company.newcomers > 0
@@ -565,6 +581,7 @@ class Job:
         lost: bool = False,
         lapsed: bool = False,
         superseded: bool = False,
+        evicted: bool = False,
         ends_stream: bool = False,
     ) -> None:
         """Takes a worker out of the job, and settles what that leads to. Waits for readers: gives up the lock.
@@ -574,6 +591,7 @@ class Job:
             lost: Whether it has not left by itself: its place may be kept.
             lapsed: Whether that is because its lease has ended.
             superseded: Whether another process has taken its id.
+            evicted: Whether an operator has taken it out.
             ends_stream: Whether its stream has to be ended too.
         """
         member = self._company.members.get(worker)
@@ -583,7 +601,7 @@ class Job:
         # Again: readers are waited for without the lock, and a worker's end is heard of in several threads.
         if self._company.members.get(worker) is not member:
             return
-        member.alive, member.superseded, member.lapsed = False, superseded, lapsed
+        member.alive, member.superseded, member.lapsed, member.evicted = False, superseded, lapsed, evicted
         self.bringing.take_back_locked(member)
         self.buffers.leave_locked(member)
         stays = lost and member.holds_place and self.settings.on_loss == "wait"

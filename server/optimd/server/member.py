@@ -174,6 +174,8 @@ class Member:
     """Whether another process has taken its `worker_id`."""
     lapsed: bool = False
     """Whether its lease has ended."""
+    evicted: bool = False
+    """Whether an operator has taken it out."""
     holds_place: bool = False
     """Whether it is awaited though its line may break: from its first JobReady on, or where it fills a kept place."""
     buffers_attached: bool = False
@@ -263,6 +265,8 @@ class WorkerRecord:
     """The last that it had."""
     former: Former | None = None
     """Its last process, where that was lost: it may come back."""
+    evicted: int | None = None
+    """The incarnation of its last process that an operator has taken out: it may not."""
 
 
 def speaker(members: Mapping[Worker, Member], contributors: tuple[Worker, ...]) -> Member | None:

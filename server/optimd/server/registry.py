@@ -12,8 +12,10 @@ from itertools import zip_longest
 
 import torch
 
-from optimd.server.company import JobPhase
+from optimd.server.aggregation import Worker
+from optimd.server.company import JobPhase, evicted
 from optimd.server.errors import (
+    EvictedError,
     JobDeletedError,
     JobExistsError,
     JobInUseError,
@@ -211,6 +213,19 @@ class JobRegistry:
         self._end(job)
         _log.info("job %s: deleted at step %d", name, job.step)
 
+    def evict(self, name: str, worker_id: str) -> None:
+        """Takes a worker out of a job, as `Job.evict` says. Drops the job as `leave` does.
+
+        Raises:
+            UnknownJobError: there is none of that name.
+            UnknownWorkerError: it has no such worker.
+        """
+        job = self.get(name)
+        try:
+            job.evict(worker_id)
+        finally:
+            self._drop_if_over(job)
+
     def _find_or_create(self, opening: Opening) -> tuple[Job, bool]:
         with self._lock:
             job = self._jobs.get(opening.job)
@@ -289,6 +304,8 @@ class JobRegistry:
 
 
 def _check_admissible(job: Job, opening: Opening, layout: WorkerLayout, member: Member) -> None:
+    if job.record(opening.worker_id).evicted == opening.incarnation:
+        raise EvictedError(evicted(job.name, Worker(member.worker.rank, opening.worker_id)))
     if member.rewound and not opening.follows_rewind:
         due = job.record(opening.worker_id).next_sequence
         raise JobRewoundError(

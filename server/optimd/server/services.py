@@ -13,26 +13,19 @@ import torch
 from optimd.server import update
 from optimd.server.callers import certificate_name, secret_of
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
-from optimd.server.job import Job
-from optimd.server.opening import encode_aggregation, encode_apply
 from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
 from optimd.server.session import TrainSession
 from optimd.server.tokens import Caller, Gate
 from optimd.server.watching import encode_step
-from optimd.v1 import admin_pb2, job_pb2, reading_pb2
-from optimd.v1.admin_service_pb2_grpc import AdminServiceServicer
+from optimd.v1 import job_pb2, reading_pb2
 from optimd.wire.codec import MalformedMessageError, decode
 from optimd.wire.limits import MAX_BUCKET_BYTES, MAX_MESSAGE_BYTES
 from optimd.wire.methods import SERVICE, WATCHING_HEADER
-from optimd.wire.paging import paginate
-from optimd.wire.param_groups import encode_group
 from optimd.wire.sharedmemory import NotSharedError, check_shared
 
-_MAX_PAGE = 1000
 _OPENING_TIMEOUT_S = 60.0
-_MAX_GROUPS_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,89 +289,3 @@ def _at_the_end(context: grpc.ServicerContext, work: Callable[[], None]) -> bool
         return True
     work()
     return False
-
-
-class AdminService(AdminServiceServicer):
-    """`optimd.v1.AdminService`. Every call is for callers whose token is good for it.
-
-    Args:
-        registry: The server's jobs.
-        gate: Who may call.
-    """
-
-    def __init__(self, registry: JobRegistry, gate: Gate) -> None:
-        self._registry = registry
-        self._gate = gate
-
-    def _admit(self, context: grpc.ServicerContext) -> None:
-        self._gate.admit(secret_of(context)).check_admin()
-
-    def ListJobs(  # noqa: N802  # the schema's name
-        self, request: admin_pb2.ListJobsRequest, context: grpc.ServicerContext
-    ) -> admin_pb2.ListJobsResponse:
-        """The jobs, in order of name."""
-        self._admit(context)
-        size = min(request.page_size or _MAX_PAGE, _MAX_PAGE)
-        jobs = [job for job in self._registry.all() if job.name > request.page_token]
-        page = jobs[:size]
-        return admin_pb2.ListJobsResponse(
-            jobs=[_summary(job) for job in page],
-            next_page_token=page[-1].name if len(jobs) > size else "",
-        )
-
-    def GetJob(  # noqa: N802  # the schema's name
-        self, request: admin_pb2.GetJobRequest, context: grpc.ServicerContext
-    ) -> admin_pb2.GetJobResponse:
-        """One job in detail."""
-        self._admit(context)
-        job = self._registry.get(request.job)
-        settings = job.settings
-        groups = (encode_group(index, update.RULE, group) for index, group in enumerate(job.groups[:_MAX_GROUPS_SHOWN]))
-        shown, _ = next(paginate(groups))
-        return admin_pb2.GetJobResponse(
-            summary=_summary(job),
-            aggregation=encode_aggregation(settings),
-            apply=encode_apply(settings),
-            bucket_bytes=settings.bucket_bytes,
-            bucket_count=len(job.store.buckets),
-            workers=[
-                admin_pb2.WorkerStatus(
-                    worker=job_pb2.WorkerIdentity(
-                        worker_id=member.worker.worker_id,
-                        rank=member.worker.rank,
-                        incarnation=member.incarnation,
-                    ),
-                    pushes=job.record(member.worker.worker_id).pushes,
-                    bytes_received=member.bytes_received,
-                    bytes_sent=member.bytes_sent,
-                    connected=member.alive,
-                    silent_s=member.silent_s,
-                    dropped=job.record(member.worker.worker_id).dropped,
-                    lag=job.lag(member),
-                )
-                for member in job.members()
-            ],
-            param_groups=shown,
-        )
-
-    def DeleteJob(  # noqa: N802  # the schema's name
-        self, request: admin_pb2.DeleteJobRequest, context: grpc.ServicerContext
-    ) -> admin_pb2.DeleteJobResponse:
-        """Drops a job."""
-        self._admit(context)
-        self._registry.delete(request.job, force=request.force)
-        return admin_pb2.DeleteJobResponse()
-
-
-def _summary(job: Job) -> admin_pb2.JobSummary:
-    return admin_pb2.JobSummary(
-        job=job.name,
-        step=job.step,
-        worker_count=job.worker_count,
-        parameter_count=len(job.store.parameters),
-        element_count=sum(parameter.numel for parameter in job.store.parameters),
-        value_bytes=job.store.value_bytes,
-        state_bytes=job.store.state_bytes,
-        device=str(job.store.device),
-        private=job.settings.private,
-    )

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "pushes", "bytes_received", "bytes_sent", "connected", "silent_s", "dropped", "lag")
+    __slots__ = ("worker", "pushes", "bytes_received", "bytes_sent", "connected", "silent_s", "dropped", "lag", "waited_s", "staleness")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,8 @@ class WorkerStatus(_message.Message):
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     LAG_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     worker: _job_pb2.WorkerIdentity
     pushes: int
     bytes_received: int
@@ -26,10 +28,12 @@ class WorkerStatus(_message.Message):
     silent_s: float
     dropped: int
     lag: int
-    def __init__(self, worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., pushes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., connected: bool = ..., silent_s: _Optional[float] = ..., dropped: _Optional[int] = ..., lag: _Optional[int] = ...) -> None: ...
+    waited_s: float
+    staleness: int
+    def __init__(self, worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., pushes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., connected: bool = ..., silent_s: _Optional[float] = ..., dropped: _Optional[int] = ..., lag: _Optional[int] = ..., waited_s: _Optional[float] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class JobSummary(_message.Message):
-    __slots__ = ("job", "step", "worker_count", "parameter_count", "element_count", "value_bytes", "state_bytes", "device", "private")
+    __slots__ = ("job", "step", "worker_count", "parameter_count", "element_count", "value_bytes", "state_bytes", "device", "private", "bytes_received", "bytes_sent", "replay_bytes")
     JOB_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WORKER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +43,9 @@ class JobSummary(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_BYTES_FIELD_NUMBER: _ClassVar[int]
     job: str
     step: int
     worker_count: int
@@ -48,7 +55,10 @@ class JobSummary(_message.Message):
     state_bytes: int
     device: str
     private: bool
-    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., worker_count: _Optional[int] = ..., parameter_count: _Optional[int] = ..., element_count: _Optional[int] = ..., value_bytes: _Optional[int] = ..., state_bytes: _Optional[int] = ..., device: _Optional[str] = ..., private: bool = ...) -> None: ...
+    bytes_received: int
+    bytes_sent: int
+    replay_bytes: int
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., worker_count: _Optional[int] = ..., parameter_count: _Optional[int] = ..., element_count: _Optional[int] = ..., value_bytes: _Optional[int] = ..., state_bytes: _Optional[int] = ..., device: _Optional[str] = ..., private: bool = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., replay_bytes: _Optional[int] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -101,3 +111,47 @@ class DeleteJobRequest(_message.Message):
 class DeleteJobResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class EvictWorkerRequest(_message.Message):
+    __slots__ = ("job", "worker_id")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    worker_id: str
+    def __init__(self, job: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
+
+class EvictWorkerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("server_version", "torch_version", "device", "uptime_s", "job_count", "worker_count", "max_workers", "max_jobs", "resident_bytes", "cpu_s", "keeps_jobs", "draining")
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    JOB_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MAX_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_JOBS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_S_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_JOBS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    server_version: str
+    torch_version: str
+    device: str
+    uptime_s: float
+    job_count: int
+    worker_count: int
+    max_workers: int
+    max_jobs: int
+    resident_bytes: int
+    cpu_s: float
+    keeps_jobs: bool
+    draining: bool
+    def __init__(self, server_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., device: _Optional[str] = ..., uptime_s: _Optional[float] = ..., job_count: _Optional[int] = ..., worker_count: _Optional[int] = ..., max_workers: _Optional[int] = ..., max_jobs: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., cpu_s: _Optional[float] = ..., keeps_jobs: bool = ..., draining: bool = ...) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from optimd.v1 import admin_pb2 as optimd_dot_v1_dot_admin__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptimd/v1/admin_service.proto\x12\toptimd.v1\x1a\x15optimd/v1/admin.proto2\xda\x01\n\x0c\x41\x64minService\x12\x43\n\x08ListJobs\x12\x1a.optimd.v1.ListJobsRequest\x1a\x1b.optimd.v1.ListJobsResponse\x12=\n\x06GetJob\x12\x18.optimd.v1.GetJobRequest\x1a\x19.optimd.v1.GetJobResponse\x12\x46\n\tDeleteJob\x12\x1b.optimd.v1.DeleteJobRequest\x1a\x1c.optimd.v1.DeleteJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptimd/v1/admin_service.proto\x12\toptimd.v1\x1a\x15optimd/v1/admin.proto2\xf0\x02\n\x0c\x41\x64minService\x12\x43\n\x08ListJobs\x12\x1a.optimd.v1.ListJobsRequest\x1a\x1b.optimd.v1.ListJobsResponse\x12=\n\x06GetJob\x12\x18.optimd.v1.GetJobRequest\x1a\x19.optimd.v1.GetJobResponse\x12\x46\n\tGetStatus\x12\x1b.optimd.v1.GetStatusRequest\x1a\x1c.optimd.v1.GetStatusResponse\x12L\n\x0b\x45victWorker\x12\x1d.optimd.v1.EvictWorkerRequest\x1a\x1e.optimd.v1.EvictWorkerResponse\x12\x46\n\tDeleteJob\x12\x1b.optimd.v1.DeleteJobRequest\x1a\x1c.optimd.v1.DeleteJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.admin_service_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADMINSERVICE']._serialized_start=68
-  _globals['_ADMINSERVICE']._serialized_end=286
+  _globals['_ADMINSERVICE']._serialized_end=436
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,16 @@ class AdminServiceStub(object):
                 request_serializer=optimd_dot_v1_dot_admin__pb2.GetJobRequest.SerializeToString,
                 response_deserializer=optimd_dot_v1_dot_admin__pb2.GetJobResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/optimd.v1.AdminService/GetStatus',
+                request_serializer=optimd_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=optimd_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
+        self.EvictWorker = channel.unary_unary(
+                '/optimd.v1.AdminService/EvictWorker',
+                request_serializer=optimd_dot_v1_dot_admin__pb2.EvictWorkerRequest.SerializeToString,
+                response_deserializer=optimd_dot_v1_dot_admin__pb2.EvictWorkerResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/optimd.v1.AdminService/DeleteJob',
                 request_serializer=optimd_dot_v1_dot_admin__pb2.DeleteJobRequest.SerializeToString,
@@ -74,6 +84,26 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """How the server is.
+
+        Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictWorker(self, request, context):
+        """Takes a worker out of a job at once, with its place, whatever it is doing: others do not wait for it any more, and
+        what it has not pushed in full is in no step.
+
+        Not idempotent: a retry after a lost answer gets NOT_FOUND (UNKNOWN_WORKER), which then means that it is done.
+        Errors: NOT_FOUND (UNKNOWN_JOB, UNKNOWN_WORKER).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
         """Drops a job, its values and its state. There is no way back.
 
@@ -96,6 +126,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetJob,
                     request_deserializer=optimd_dot_v1_dot_admin__pb2.GetJobRequest.FromString,
                     response_serializer=optimd_dot_v1_dot_admin__pb2.GetJobResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=optimd_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
+                    response_serializer=optimd_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'EvictWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictWorker,
+                    request_deserializer=optimd_dot_v1_dot_admin__pb2.EvictWorkerRequest.FromString,
+                    response_serializer=optimd_dot_v1_dot_admin__pb2.EvictWorkerResponse.SerializeToString,
             ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
@@ -158,6 +198,60 @@ class AdminService(object):
             '/optimd.v1.AdminService/GetJob',
             optimd_dot_v1_dot_admin__pb2.GetJobRequest.SerializeToString,
             optimd_dot_v1_dot_admin__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optimd.v1.AdminService/GetStatus',
+            optimd_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
+            optimd_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optimd.v1.AdminService/EvictWorker',
+            optimd_dot_v1_dot_admin__pb2.EvictWorkerRequest.SerializeToString,
+            optimd_dot_v1_dot_admin__pb2.EvictWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

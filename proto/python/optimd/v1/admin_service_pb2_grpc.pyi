@@ -43,6 +43,18 @@ class AdminServiceStub:
 
     Idempotent. Errors: NOT_FOUND (UNKNOWN_JOB).
     """
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
+    """How the server is.
+
+    Idempotent.
+    """
+    EvictWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.EvictWorkerRequest, _admin_pb2.EvictWorkerResponse]
+    """Takes a worker out of a job at once, with its place, whatever it is doing: others do not wait for it any more, and
+    what it has not pushed in full is in no step.
+
+    Not idempotent: a retry after a lost answer gets NOT_FOUND (UNKNOWN_WORKER), which then means that it is done.
+    Errors: NOT_FOUND (UNKNOWN_JOB, UNKNOWN_WORKER).
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteJobRequest, _admin_pb2.DeleteJobResponse]
     """Drops a job, its values and its state. There is no way back.
 
@@ -64,6 +76,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """One job in detail.
 
     Idempotent. Errors: NOT_FOUND (UNKNOWN_JOB).
+    """
+    GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """How the server is.
+
+    Idempotent.
+    """
+    EvictWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.EvictWorkerRequest, _admin_pb2.EvictWorkerResponse]  # type: ignore[assignment]
+    """Takes a worker out of a job at once, with its place, whatever it is doing: others do not wait for it any more, and
+    what it has not pushed in full is in no step.
+
+    Not idempotent: a retry after a lost answer gets NOT_FOUND (UNKNOWN_WORKER), which then means that it is done.
+    Errors: NOT_FOUND (UNKNOWN_JOB, UNKNOWN_WORKER).
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteJobRequest, _admin_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Drops a job, its values and its state. There is no way back.
@@ -95,6 +119,30 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """One job in detail.
 
         Idempotent. Errors: NOT_FOUND (UNKNOWN_JOB).
+        """
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _admin_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]:
+        """How the server is.
+
+        Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def EvictWorker(
+        self,
+        request: _admin_pb2.EvictWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.EvictWorkerResponse, _abc.Awaitable[_admin_pb2.EvictWorkerResponse]]:
+        """Takes a worker out of a job at once, with its place, whatever it is doing: others do not wait for it any more, and
+        what it has not pushed in full is in no step.
+
+        Not idempotent: a retry after a lost answer gets NOT_FOUND (UNKNOWN_WORKER), which then means that it is done.
+        Errors: NOT_FOUND (UNKNOWN_JOB, UNKNOWN_WORKER).
         """
 
     @_abc_1.abstractmethod

@@ -38,6 +38,8 @@ STATUS_OF_REASON: Final[dict[str, str]] = {
     "NOT_DURABLE": "FAILED_PRECONDITION",
     "UNAUTHENTICATED": "UNAUTHENTICATED",
     "PERMISSION_DENIED": "PERMISSION_DENIED",
+    "EVICTED": "ABORTED",
+    "UNKNOWN_WORKER": "NOT_FOUND",
 }
 """The gRPC status of each reason, by the schema's names without their prefix."""
 

@@ -1,0 +1,277 @@
+"""What an operator looks at and does while workers train: status, top, evict, bench."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from optimd.cli.figures import duration, short
+from optimd.cli.top import Look, frame
+from optimd.client import Adam, EvictedError, OptimdError, ProxyOptions, Sync
+from optimd.server import Server
+from optimd.v1 import admin_pb2, job_pb2
+from tests.command import optimd
+from tests.support import eventually, in_threads, running_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running_server() as running:
+        yield running
+
+
+def worker(server: Server, job: str, rank: int, world_size: int, **options: object) -> tuple[nn.Parameter, Adam]:
+    p = nn.Parameter(torch.linspace(-1, 1, 1000))
+    settings = ProxyOptions(rank=rank, world_size=world_size, worker_id=f"worker-{rank}", **options)
+    return p, Adam([p], server=server.address, job=job, options=settings)
+
+
+def step(p: nn.Parameter, optimizer: Adam, value: float) -> None:
+    p.grad = torch.full((1000,), value)
+    optimizer.step()
+
+
+# --- status
+
+
+def test_status_tells_what_a_server_is_and_holds(server: Server) -> None:
+    """For a person in three lines, for a script as JSON."""
+    p, optimizer = worker(server, "status", 0, 1)
+    with optimizer:
+        step(p, optimizer, 1.0)
+        status, output = optimd("status", "--server", server.address)
+        assert status == 0
+        assert len(output.splitlines()) == 3
+        assert f"optimd 0.1.0 at {server.address}, torch {torch.__version__}, device cpu" in output
+        assert "in memory alone" in output
+        status, output = optimd("status", "--server", server.address, "--json")
+        told = json.loads(output)
+        assert (told["job_count"], told["worker_count"], told["keeps_jobs"], told["draining"]) == (1, 1, False, False)
+        assert 0 < told["uptime_s"] < 3600
+        assert int(told["resident_bytes"]) > 50e6
+
+
+def test_status_of_no_server_is_one_sentence_and_status_2() -> None:
+    """So a script can wait for one."""
+    status, output = optimd("status", "--server", "127.0.0.1:1")
+    assert (status, "no optimd server answers" in output, output.count("\n")) == (2, True, 1)
+
+
+# --- top
+
+
+@contextmanager
+def training(server: Server, job: str, count: int) -> Iterator[None]:
+    """So many workers in lockstep, the last one slow, until the block ends."""
+    stop = threading.Event()
+    pairs = in_threads(lambda rank: worker(server, job, rank, count), count)
+
+    def train(rank: int) -> None:
+        p, optimizer = pairs[rank]
+        with optimizer:
+            while not stop.is_set():
+                time.sleep(0.1 if rank == count - 1 else 0.01)
+                try:
+                    step(p, optimizer, 1.0)
+                except OptimdError:
+                    return
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+
+
+def test_top_shows_sixteen_workers_and_who_is_waited_for(server: Server) -> None:
+    """In 80 columns and 24 lines; without a terminal it looks twice and ends."""
+    with training(server, "sixteen", 16):
+        assert eventually(lambda: server.registry.get("sixteen").step > 3)
+        status, output = optimd("top", "--interval-s", "1", "--server", server.address)
+    assert status == 0
+    lines = output.rstrip("\n").split("\n")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if "worker-" in line]
+    assert [row[1] for row in rows] == [f"worker-{rank}" for rank in range(16)]
+    waits = [float(row[6].rstrip("%")) for row in rows]
+    assert waits[15] < min(waits[:15])
+    assert all(float(row[3]) > 0 for row in rows)
+
+
+def look(at_s: float, workers: int, jobs: int = 1, step: int = 0) -> Look:
+    """What a server with long names and large numbers would tell."""
+    name = "a-job-with-a-long-name"
+    summaries = [
+        admin_pb2.JobSummary(job=f"{name}-{number}", step=step, worker_count=workers if not number else 0)
+        for number in range(jobs)
+    ]
+    told = [
+        admin_pb2.WorkerStatus(
+            worker=job_pb2.WorkerIdentity(worker_id=f"[bold]gpu-{rank}.example.org-0", rank=rank, incarnation=1),
+            pushes=10**9 + step,
+            bytes_received=10**15 * step,
+            bytes_sent=10**15 * step,
+            connected=rank != 1,
+            silent_s=123.4,
+            waited_s=at_s,
+            lag=10_000,
+            staleness=10_000,
+        )
+        for rank in range(workers)
+    ]
+    shown = admin_pb2.GetJobResponse(summary=summaries[0], workers=told)
+    return Look(at_s, admin_pb2.GetStatusResponse(server_version="10.20.30", device="cuda:0"), summaries, shown)
+
+
+def shown(before: Look, now: Look, height: int) -> list[str]:
+    """The lines of a frame on a terminal of 80 columns."""
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(frame("gpu-host.example.org:50551", before, now, height=height))
+    return capture.get().rstrip("\n").split("\n")
+
+
+@pytest.mark.parametrize(
+    ("workers", "jobs", "height"), [(16, 1, 24), (16, 9, 24), (300, 2, 50), (0, 1, 24), (3, 5, 12)]
+)
+def test_a_frame_fits_its_terminal_whatever_there_is(workers: int, jobs: int, height: int) -> None:
+    """What does not fit is counted. Names are cut, not read as markup."""
+    lines = shown(look(1.0, workers, jobs), look(2.0, workers, jobs, 5), height)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= 80
+    rows = [line for line in lines if "[bold]gpu" in line]
+    left_out = int(lines[-1].split()[0]) if lines[-1].endswith(" more") and len(rows) < workers else 0
+    assert len(rows) + left_out == workers
+    assert any("broken" in row for row in rows) == (len(rows) > 1)
+    assert any(line.startswith(f"{jobs - 4} more") for line in lines) == (jobs > 4)
+
+
+def test_rates_of_a_worker_that_has_come_back_count_from_the_start() -> None:
+    """Its line's counters began anew: nothing is negative."""
+    before, now = look(100.0, 2, 1, 50), look(101.0, 2, 1, 51)
+    assert now.shown is not None
+    for each in now.shown.workers:
+        each.waited_s, each.bytes_received, each.bytes_sent = 0.5, 1000, 1000
+    rows = [line for line in shown(before, now, 24) if "[bold]gpu" in line]
+    assert [row.split()[6] for row in rows] == ["0%", "0%"]
+    assert all(row.split()[-2:] == ["0", "0"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (3.25, "3.2"),
+        (120, "120"),
+        (99.96, "100.0"),
+        (4500, "4.5k"),
+        (1.2e6, "1.2M"),
+        (5e9, "5G"),
+        (3e13, "3e+13"),
+    ],
+)
+def test_numbers_are_short(number: float, text: str) -> None:
+    """Five characters or so."""
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (187, "3:07"), (3661, "1:01:01"), (90_061, "1 d 1:01:01")]
+)
+def test_durations_are_for_a_person(seconds: float, text: str) -> None:
+    """Days and hours where there are some."""
+    assert duration(seconds) == text
+
+
+# --- evict
+
+
+def test_an_evicted_worker_is_told_so_and_the_others_go_on(server: Server) -> None:
+    """They were waiting for it; it cannot come back, another process can."""
+    (p, first), (q, second) = in_threads(lambda rank: worker(server, "evict", rank, 2), 2)
+    in_threads(lambda rank: step(*((p, first), (q, second))[rank], 1.0), 2)
+    waiting = threading.Thread(target=step, args=(p, first, 2.0))
+    waiting.start()
+    assert eventually(lambda: server.registry.get("evict").parts.aggregator.is_open)
+    assert optimd("jobs", "evict", "evict", "worker-1", "--server", server.address) == (
+        0,
+        "worker worker-1 is out of job evict\n",
+    )
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert first.last_receipt is not None
+    assert first.last_receipt.contributors == (0,)
+    for _ in range(2):
+        with pytest.raises(EvictedError, match="an operator has taken worker 'worker-1'"):
+            step(q, second, 2.0)
+    assert server.registry.get("evict").worker_count == 1
+    second.close()
+    again, successor = worker(server, "evict", 1, 2)
+    in_threads(lambda rank: step(*((p, first), (again, successor))[rank], 3.0), 2)
+    assert successor.job_step == 3
+    assert torch.equal(p.detach(), again.detach())
+    first.close()
+    successor.close()
+
+
+def test_a_worker_that_is_waited_for_after_its_death_can_be_evicted(server: Server) -> None:
+    """With on_loss="wait" its place is kept for ever else."""
+    policy = Sync(on_loss="wait")
+    (p, first), (q, second) = in_threads(lambda rank: worker(server, "kept", rank, 2, aggregation=policy), 2)
+    in_threads(lambda rank: step(*((p, first), (q, second))[rank], 1.0), 2)
+    waiting = threading.Thread(target=step, args=(p, first, 2.0))
+    waiting.start()
+    assert eventually(lambda: server.registry.get("kept").parts.aggregator.is_open)
+    optimd("jobs", "evict", "kept", "worker-1", "--server", server.address)
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert first.job_step == 2
+    first.close()
+    with pytest.raises(EvictedError):
+        step(q, second, 2.0)
+    second.close()
+
+
+def test_there_has_to_be_such_a_worker(server: Server) -> None:
+    """And such a job."""
+    p, optimizer = worker(server, "alone", 0, 1)
+    with optimizer:
+        at = ("--server", server.address)
+        assert optimd("jobs", "evict", "alone", "nobody", *at) == (2, "optimd: job 'alone' has no worker 'nobody'\n")
+        assert optimd("jobs", "evict", "none", "nobody", *at) == (2, "optimd: there is no job 'none' on this server\n")
+        step(p, optimizer, 1.0)
+
+
+# --- bench
+
+
+def test_bench_times_both_and_leaves_nothing_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In no job that the environment names."""
+    monkeypatch.setenv("OPTIMD_JOB", "status")
+    before = [job.name for job in server.registry.all()]
+    at = ("--server", server.address, "--steps", "2")
+    status, output = optimd("bench", *at, "--parameters", "200000", "--json")
+    assert status == 0, output
+    told = json.loads(output)
+    assert told["parameters"] == 200_000
+    for times in (told["step_s"], told["local_step_s"]):
+        assert 0 < times["fastest"] <= times["median"] <= times["slowest"]
+    status, output = optimd("bench", *at, "--parameters", "1000", "--wire-dtype", "bfloat16", "--transport", "grpc")
+    assert (status, "bfloat16 on the wire" in output) == (0, True)
+    assert eventually(lambda: [job.name for job in server.registry.all()] == before)
+    assert os.environ["OPTIMD_JOB"] == "status"
