@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from rich.console import Console
 from torch import nn
 
@@ -21,6 +30,7 @@ from optimd.client import Adam, EvictedError, OptimdError, ProxyOptions, Sync
 from optimd.server import Server
 from optimd.v1 import admin_pb2, job_pb2
 from tests.command import optimd
+from tests.faultfiles import FailingFiles
 from tests.support import eventually, in_threads, running_server
 
 
@@ -275,3 +285,94 @@ def test_bench_times_both_and_leaves_nothing_behind(server: Server, monkeypatch:
     assert (status, "bfloat16 on the wire" in output) == (0, True)
     assert eventually(lambda: [job.name for job in server.registry.all()] == before)
     assert os.environ["OPTIMD_JOB"] == "status"
+
+
+# --- health and logs
+
+
+def health_of(address: str, service: str, token: str | None = None) -> Any:
+    """The status, or the code that the question was refused with."""
+    metadata = [("authorization", f"Bearer {token}")] if token is not None else []
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code() if isinstance(error, grpc.Call) else error
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def test_a_job_is_healthy_unless_its_disk_is_not(tmp_path: Path) -> None:
+    """An orchestrator can tell a job that is stuck from a server that is down."""
+    disk = FailingFiles()
+    with running_server(health=True, data_dir=str(tmp_path), files=disk) as server:
+        p, optimizer = worker(server, "kept", 0, 1)
+        with optimizer:
+            step(p, optimizer, 1.0)
+            assert health_of(server.address, "") == "SERVING"
+            assert health_of(server.address, "job/kept") == "SERVING"
+            assert health_of(server.address, "job/none") is grpc.StatusCode.NOT_FOUND
+            fault = disk.fail("write_some", code=errno.ENOSPC, times=math.inf, below="/journal/")
+            stuck = threading.Thread(target=step, args=(p, optimizer, 2.0))
+            stuck.start()
+            assert eventually(lambda: health_of(server.address, "job/kept") == "NOT_SERVING")
+            assert health_of(server.address, "") == "SERVING"
+            assert fault.fired
+            fault.stop()
+            stuck.join(30)
+            assert not stuck.is_alive()
+            assert optimizer.job_step == 2
+            assert health_of(server.address, "job/kept") == "SERVING"
+
+
+def test_a_jobs_health_is_told_to_who_may_use_it(tmp_path: Path) -> None:
+    """The server's to everybody: a probe brings no token."""
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('[[token]]\nname = "a"\nsecret = "a-secret-of-its-own"\njobs = ["a"]\n', encoding="utf-8")
+    with running_server(health=True, tokens=str(tokens)) as server:
+        assert health_of(server.address, "") == "SERVING"
+        assert health_of(server.address, "job/b") is grpc.StatusCode.UNAUTHENTICATED
+        assert health_of(server.address, "job/b", "a-secret-of-its-own") is grpc.StatusCode.PERMISSION_DENIED
+        assert health_of(server.address, "job/a", "a-secret-of-its-own") is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_can_be_left_out() -> None:
+    """Health stays."""
+    with running_server(health=True, reflection=False) as server, grpc.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(
+                stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10)
+            )
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert health_of(server.address, "") == "SERVING"
+
+
+def test_records_of_the_log_say_which_job_step_and_worker_they_are_about(tmp_path: Path) -> None:
+    """As fields of their own, for a collector; those of a thread's last caller are gone with it."""
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as written,
+        subprocess.Popen(
+            [str(Path(sys.executable).parent / "optimd"), "serve", "--address=127.0.0.1:0", "--log-format=json"],
+            stdout=subprocess.PIPE,
+            stderr=written,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().split("'")[1]
+        p = nn.Parameter(torch.ones(10))
+        options = ProxyOptions(rank=0, world_size=1, worker_id="worker-7")
+        with Adam([p], server=address, job="logged", options=options) as optimizer:
+            p.grad = torch.ones(10)
+            optimizer.step()
+        assert optimd("jobs", "show", "none", "--server", address)[0] == 2
+        process.terminate()
+        assert process.wait(30) == 0
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    (left,) = [record for record in records if record["event"].endswith(" left")]
+    assert (left["job"], left["worker"], left["rank"], left["step"]) == ("logged", "worker-7", 0, 1)
+    (refused,) = [record for record in records if "UNKNOWN_JOB" in record["event"]]
+    assert "job" not in refused

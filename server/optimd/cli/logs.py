@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from enum import StrEnum
+from typing import Any
 
 import structlog
+
+from optimd.server import logcontext
 
 
 class LogFormat(StrEnum):
@@ -25,6 +28,11 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+def _add_context(_logger: Any, _method: str, record: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Which job, step and worker a record is about."""
+    return {**record, **logcontext.fields()}
+
+
 def configure(log_format: LogFormat, level: LogLevel) -> None:
     """Has all records of the process written to stderr, once and in one form."""
     renderer: structlog.typing.Processor
@@ -37,6 +45,7 @@ def configure(log_format: LogFormat, level: LogLevel) -> None:
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _add_context,
         ],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,

@@ -108,7 +108,7 @@ class Server:
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         self._admin_service = AdminService(self.registry, limits, self._gate)
         add_AdminServiceServicer_to_server(self._admin_service, self._server)
-        self._health = _add_standard_services(self._server) if config.health else None
+        self._health = self._add_standard_services() if config.health else None
         self._metrics: MetricsServer | None = None
         self._grpc_threads: list[threading.Thread] = []
         self.address = config.address
@@ -191,6 +191,16 @@ class Server:
         if path is not None:
             path.unlink(missing_ok=True)
 
+    def _add_standard_services(self) -> HealthServicer:
+        # Only `optimd serve` needs these; the embedded server runs on what a worker installs.
+        try:
+            from optimd.server.standard_services import add_standard_services  # noqa: PLC0415
+        except ImportError as error:
+            raise ConfigurationError(
+                f"the health service needs {error.name}: pip install 'optimd[server]', or pass --no-health"
+            ) from error
+        return add_standard_services(self._server, self.registry, self._gate, reflects=self._config.reflection)
+
     def _serve_metrics(self) -> MetricsServer:
         # Only where they are asked for: a worker's embedded server does without what this needs.
         try:
@@ -221,17 +231,6 @@ def _storage(config: ServerConfig, device: torch.device, files: Files | None) ->
         accept_loss=config.accept_loss,
     )
     return Storage(DataDir(Path(config.data_dir), files), settings, device)
-
-
-def _add_standard_services(server: grpc.Server) -> HealthServicer:
-    # Only `optimd serve` needs these; the embedded server runs on what a worker installs.
-    try:
-        from optimd.server.standard_services import add_standard_services  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the health service needs {error.name}: pip install 'optimd[server]', or pass --no-health"
-        ) from error
-    return add_standard_services(server)
 
 
 def _try_bind(config: ServerConfig) -> None:

@@ -108,8 +108,9 @@ class ServerConfig:
         "", "Where to serve metrics to Prometheus: host:port, at /metrics, in the clear. Port 0 takes a free one."
     )
     drain_timeout_s: float = setting(10.0, "How long a stopping server waits for open steps, in seconds.")
-    health: bool = setting(
-        default=True, text="Serve the standard health and reflection services. They need optimd[server]."
+    health: bool = setting(default=True, text="Serve the standard health service. It needs optimd[server].")
+    reflection: bool = setting(
+        default=True, text="Serve the standard reflection service, where health is served: grpcurl shows the schema."
     )
 
     def __post_init__(self) -> None:

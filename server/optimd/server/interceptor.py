@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 
 import grpc
 
+from optimd.server import logcontext
 from optimd.server.errors import RequestError
 from optimd.v1 import errors_pb2
 from optimd.wire.reasons import ERROR_TRAILER, STATUS_OF_REASON, encode_reason
@@ -74,6 +75,9 @@ def _guard(method: str, behaviour: Callable[..., Any], count: Callable[[str], No
             return behaviour(request, context)
         except Exception as error:  # noqa: BLE001  # the last line of defence
             _abort(method, context, error, count)
+        finally:
+            # The thread serves somebody else next.
+            logcontext.clear()
 
     return guarded
 
@@ -86,6 +90,9 @@ def _guard_stream(
             yield from behaviour(request, context)
         except Exception as error:  # noqa: BLE001  # the last line of defence
             _abort(method, context, error, count)
+        finally:
+            # The thread serves somebody else next.
+            logcontext.clear()
 
     return guarded
 

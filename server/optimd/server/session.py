@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Final
 
-from optimd.server import update
+from optimd.server import logcontext, update
 from optimd.server.aggregation import Worker
 from optimd.server.ahead import AheadGradients
 from optimd.server.answers import DECLINED, decode_options, refusal
@@ -226,6 +226,7 @@ class TrainSession:
             member.groups = layout.groups
         entry = self._registry.enter(opening, layout, member, on_job=self._attach)
         job = entry.job
+        logcontext.bind(job=job.name, step=lambda: job.step, worker=member.worker.worker_id, rank=member.worker.rank)
         if self._incoming.shares_memory:
             job.share_values()
         if returns:

@@ -6,9 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Final
 
+from optimd.server import logcontext
 from optimd.server.job import Job
 from optimd.server.registry import JobRegistry
 
@@ -76,12 +78,13 @@ class TimeKeeper:
         threading.Thread(target=self._do, args=(what, work), name="optimd-tick", daemon=True).start()
 
     def _do(self, what: tuple[Job | None, str], work: Callable[[], object]) -> None:
+        job = what[0]
         try:
-            work()
+            with logcontext.about(job=job.name, step=lambda: job.step) if job is not None else nullcontext():
+                work()
         except Exception:  # noqa: BLE001  # the others go on, and so does the time
-            job, task = what
             _log.exception(
-                "job %s: its %s could not be looked at", job.name if job is not None else "of any name", task
+                "job %s: its %s could not be looked at", job.name if job is not None else "of any name", what[1]
             )
         finally:
             with self._lock:
