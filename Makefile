@@ -5,6 +5,7 @@
 #   make integration  PyTorch Lightning and Hugging Face accelerate train with the built wheel, and as with torch's own;
 #                     Prometheus watches a server, and is asked all that the dashboard and the alerts ask
 #   make compose-test build the images, bring deploy/compose.yaml up, kill the server in it, and compare the weights
+#   make fuzz         throw thousands of malformed and hostile messages at a server in which a job trains
 #   make soak         kill servers and workers for a quarter of an hour, and compare every bit with undisturbed runs
 #   make gpu-check    the CUDA tests and the benchmark against a server on a GPU; needs a machine with one
 #   make check        the checks alone: formatting, lint, types, arrows, schema, generated code, the wheel's content
@@ -22,7 +23,7 @@ PROTOS := $(wildcard proto/optimd/v1/*.proto)
 SOURCES := client server proto/python/optimd/wire tests benchmarks examples tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration compose-test soak gpu-check check wheel proto bench clean
+.PHONY: help demo test integration compose-test fuzz soak gpu-check check wheel proto bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,6 +77,10 @@ integration: wheel
 # Needs a Docker engine, and to be allowed to kill what runs in it.
 compose-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -s tests/compose $(PYTEST_ARGS)
+
+FUZZ_EXAMPLES ?= 3000
+fuzz: wheel
+	OPTIMD_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(WHEEL_VENV)/bin/python -m pytest --against-wheel --timeout 3600 tests/fuzz $(PYTEST_ARGS)
 
 soak: wheel
 	$(WHEEL_VENV)/bin/python -m pytest --against-wheel -s tests/soak $(PYTEST_ARGS)
