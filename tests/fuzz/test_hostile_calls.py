@@ -60,7 +60,7 @@ _TEXT = st.one_of(
 _FLOATS = st.one_of(st.floats(width=32), st.sampled_from([0.0, -1.0, 1e-300, 1e300, float("nan"), float("inf")]))
 
 
-def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+def _value(field: Any, depth: int) -> st.SearchStrategy[Any]:
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         return messages(field.message_type, depth - 1)
     if field.type == FieldDescriptor.TYPE_ENUM:
@@ -77,7 +77,7 @@ def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
     return _INTEGERS.map(lambda number: min(number, top))
 
 
-def _name(field: FieldDescriptor) -> str:
+def _name(field: Any) -> str:
     return str(field.name)
 
 
@@ -109,7 +109,7 @@ def train_requests() -> st.SearchStrategy[bytes]:
 
     @st.composite
     def request(draw: st.DrawFn) -> bytes:
-        field = draw(st.sampled_from(list(kinds)))
+        field: Any = draw(st.sampled_from(list(kinds)))
         message = training_pb2.TrainRequest()
         getattr(message, field.name).CopyFrom(draw(messages(field.message_type)))
         data = message.SerializeToString()

@@ -736,6 +736,11 @@ def ahead_end(count: int, *, complete: bool = True) -> training_pb2.TrainRequest
     return training_pb2.TrainRequest(push_ahead_end=end_of)
 
 
+def end_of_two_kinds() -> training_pb2.TrainRequest:
+    """A message that begins as one kind, and has others bundled in it."""
+    return training_pb2.TrainRequest(step_end=training_pb2.StepEnd(), bundled=[begin().SerializeToString()])
+
+
 def test_a_plain_worker_may_send_gradients_ahead(server: Server) -> None:
     """Twice, of which the second holds; a push that does not want them forgets them."""
     p = nn.Parameter(torch.ones(300))
@@ -781,6 +786,11 @@ def test_a_push_whose_gradients_are_not_there_is_refused_and_may_be_made_anew(se
         ([ahead(), begin()], "step_begin"),
         ([ahead_end(0)], "between two steps"),
         ([ahead(), gradient(0, 256), ahead_end(1), begin(ahead=True), end(0)], "all or none is due"),
+        (
+            [ahead(), gradient(0, 256), gradient(1, 44), ahead_end(2), begin(ahead=True), gradient(0, 256), end(1)],
+            "again that came ahead",
+        ),
+        ([end_of_two_kinds()], "a bundle has no other field"),
     ],
 )
 def test_what_makes_no_sense_ends_the_stream(server: Server, messages: list[Any], text: str) -> None:
@@ -788,3 +798,13 @@ def test_what_makes_no_sense_ends_the_stream(server: Server, messages: list[Any]
         worker.send(*messages)
         _, detail = worker.fails()
         assert text in detail.message
+
+
+def test_what_came_ahead_of_a_push_that_was_refused_is_forgotten(server: Server) -> None:
+    """As the protocol says of whatever is not stepped with at once."""
+    with PlainWorker(server).opened() as worker:
+        worker.send(ahead(), gradient(0, 256), gradient(1, 44), ahead_end(2))
+        worker.send(begin(micro=3), end(0))
+        assert worker.until("refused")[-1].refused.reason == errors_pb2.ERROR_REASON_ACCUMULATION_LOST
+        worker.send(begin(ahead=True), end(0))
+        assert "did not come ahead" in worker.until("refused")[-1].refused.message

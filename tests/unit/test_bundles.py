@@ -60,3 +60,10 @@ def test_a_bundle_with_another_field_in_it_is_refused() -> None:
     other = training_pb2.TrainRequest(payload=b"x").SerializeToString()
     with pytest.raises(MalformedMessageError):
         unbundle(bundle([b"abcd", b"efgh"]) + other)
+
+
+def test_a_bundle_that_is_larger_than_one_may_be_is_refused() -> None:
+    """Of a million messages in one each would be an object."""
+    small = bundle([b""] * 2)
+    with pytest.raises(MalformedMessageError, match="of which it may have"):
+        unbundle(small * bundles.BUNDLE_BYTES)

@@ -136,7 +136,9 @@ def test_a_reader_that_does_not_move_is_waited_for_once(monkeypatch: pytest.Monk
     assert write(writer, filled(3, SIZE // 2)) is not None
 
 
-@pytest.mark.parametrize(("position", "nbytes"), [(SIZE - 64, 65), (0, SIZE + 1), (2**60 + SIZE - 1, 2)])
+@pytest.mark.parametrize(
+    ("position", "nbytes"), [(SIZE - 64, 65), (0, SIZE + 1), (2**60 + SIZE - 1, 2), (2**64 - SIZE, 64), (2 * SIZE, 64)]
+)
 def test_a_place_beyond_the_ring_is_refused(position: int, nbytes: int) -> None:
     _, reader = ring()
     with pytest.raises(ValueError, match="no payload"):

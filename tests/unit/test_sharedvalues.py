@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -103,3 +104,16 @@ def test_more_than_half_of_what_is_left_is_not_taken(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "statvfs", lambda _: few)
     with pytest.raises(OSError, match="more than half"):
         ValuesFile.create([Parameter("large", torch.float32, (real.f_frsize,), (0,))])
+
+
+def test_what_torch_cannot_map_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks has other memory: too few descriptors are no reason to refuse a job."""
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("unable to open file </dev/shm/x> in read-write mode: Too many open files (24)\nmore")
+
+    monkeypatch.setattr(torch, "from_file", refuse)
+    before = set(Path(FOLDER).iterdir())
+    with pytest.raises(OSError, match="Too many open files"):
+        ValuesFile.create(PARAMETERS)
+    assert set(Path(FOLDER).iterdir()) == before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import pytest
@@ -12,7 +12,8 @@ from optimd.server.store import Store
 from optimd.wire.kinds import PARAMETER
 from optimd.wire.layout import Bucket, Parameter, cut_buckets
 from optimd.wire.limits import DEFAULT_BUCKET_BYTES, MIN_BUCKET_BYTES
-from optimd.wire.tensors import bytes_of
+from optimd.wire.sharedvalues import ValuesFile
+from optimd.wire.tensors import address_of, bytes_of
 
 SHAPES: Final = ((67, 61), (), (5,), (0, 3), (64,), (1, 1025), (129,), (3000,))
 BUCKET_BYTES: Final = (MIN_BUCKET_BYTES, 5000, DEFAULT_BUCKET_BYTES)
@@ -568,3 +569,93 @@ def test_values_that_are_written_anew_keep_nothing_of_the_memory_they_are_writte
     store._values[0].fill_(1e-44)
     store.write_values(store.buckets[0], torch.zeros(64, dtype=torch.bfloat16))
     assert not store._values[0].any()
+
+
+# --- where workers can read values
+
+
+def read_all(store: Store) -> list[bytes]:
+    """All values, as a reader comes by them."""
+    return [bytes(part) for bucket in store.buckets for part in store.read(PARAMETER, bucket, everywhere(bucket))]
+
+
+def places_of(store: Store) -> list[int]:
+    """Where they lie."""
+    return [address_of(part) for bucket in store.buckets for part in store.read(PARAMETER, bucket, everywhere(bucket))]
+
+
+class Watched(Sequence[torch.Tensor]):
+    """Tensors, of which each calls back when it is asked for."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], on_look: Callable[[], object]) -> None:
+        self._tensors = tensors
+        self._on_look = on_look
+
+    def __getitem__(self, number: Any) -> Any:
+        # Who looks may be what is called back.
+        on_look, self._on_look = self._on_look, lambda: None
+        on_look()
+        self._on_look = on_look
+        return self._tensors[number]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def test_values_may_be_read_while_they_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the old place or of the new one, which are the same: never memory that has not been filled yet."""
+    store = store_of(random_tensors(1, torch.float32))
+    values, version = read_all(store), store.version
+    looks: list[bool] = []
+    real = ValuesFile.create
+
+    def watched(parameters: Sequence[Parameter]) -> ValuesFile:
+        file = real(parameters)
+
+        def look() -> None:
+            is_found = any(store.is_shared(bucket) for bucket in store.buckets)
+            looks.append(read_all(store) == values and not is_found)
+
+        file.flats = Watched(file.flats, look)  # type: ignore[assignment]
+        return file
+
+    monkeypatch.setattr(ValuesFile, "create", watched)
+    store.share()
+    # While they are filled, and while buckets come to be read there.
+    assert len(looks) > 2 * len(SHAPES)
+    assert all(looks)
+    assert all(store.is_shared(bucket) for bucket in store.buckets)
+    assert read_all(store) == values
+    assert store.version == version
+    store.hide()
+
+
+def test_without_memory_for_that_values_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one that asks may have more luck."""
+    store = store_of(random_tensors(1, torch.float32))
+    places = places_of(store)
+
+    def full(_: Sequence[Parameter]) -> ValuesFile:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ValuesFile, "create", full)
+        store.share()
+        assert not store.shares
+        assert places_of(store) == places
+    store.share()
+    assert store.shares
+    assert all(store.is_shared(bucket) for bucket in store.buckets)
+    assert places_of(store) != places
+    store.hide()
+
+
+def test_values_that_are_new_change_nobodys() -> None:
+    """Who reads those that were there before finds that they are as they were."""
+    store = store_of(random_tensors(1, torch.float32))
+    version, known = store.version, len(store.buckets)
+    store.add(*cut_of([torch.ones(300)], store, MIN_BUCKET_BYTES))
+    assert len(store.buckets) > known
+    for bucket in store.buckets[known:]:
+        store.write_values(bucket, torch.ones(sum(piece.length for piece in bucket.slices)))
+    assert store.version == version

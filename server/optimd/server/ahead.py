@@ -31,6 +31,8 @@ class AheadGradients:
         self._memory: dict[int, torch.Tensor] = {}
         # In the order in which they came: buckets, which of their slices there are, and their elements.
         self._come: dict[int, tuple[Bucket, list[bool], torch.Tensor]] = {}
+        # Whose memory that is: the job's table, which is another one once its parameters are.
+        self._buckets: list[Bucket] | None = None
         self._store: Store | None = None
         self._sequence: int | None = None
 
@@ -42,6 +44,10 @@ class AheadGradients:
         """
         self.forget()
         store, count = job.store, 0
+        if store.buckets is not self._buckets:
+            # Of parameters that are gone.
+            self._memory.clear()
+            self._buckets = store.buckets
         try:
             job.take_ahead(member)
             has_room = True

@@ -79,6 +79,9 @@ class Incoming:
             message, frame = decode(training_pb2.TrainRequest, self._here.popleft())
         except MalformedMessageError as error:
             raise InvalidFieldError("TrainRequest", str(error)) from error
+        if message.bundled:
+            # It began with something else.
+            raise InvalidFieldError("TrainRequest.bundled", "a bundle has no other field")
         kind = message.WhichOneof("message")
         if kind is None:
             raise InvalidFieldError("TrainRequest.message", "is not set")

@@ -135,9 +135,13 @@ class Job:
         return self._content.store
 
     def share_values(self) -> None:
-        """Has its values lie where workers on this host can read them, if they stand still for that. Does not wait."""
+        """Has its values lie where workers on this host can read them, if they stand still for that. Does not wait.
+
+        While somebody uploads parameters, which is done without the lock, they stay where they are: the next worker
+        that comes asks again.
+        """
         with self._changed:
-            if self.pulling.stands_still:
+            if self.pulling.stands_still and self._company.bringing is None:
                 self._content.store.share()
 
     @property
@@ -636,9 +640,7 @@ class Job:
 
     def _check_room_locked(self, nbytes: int, what: str) -> None:
         taken = self._content.full_bytes + self.buffers.nbytes_locked
-        taken += sum(
-            member.reserved_bytes + member.held.nbytes + member.ahead_bytes for member in self._company.members.values()
-        )
+        taken += sum(member.reserved_bytes + member.held_bytes for member in self._company.members.values())
         if taken + nbytes > self._max_bytes:
             raise LimitExceededError(
                 f"{what} would take {nbytes} bytes, and the job takes {taken} of {self._max_bytes} that this server "

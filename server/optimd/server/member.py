@@ -192,9 +192,9 @@ class Member:
     sight: Sight = field(default_factory=Sight)
     """What it has seen of the job's values."""
     held: HeldGradients = field(default_factory=HeldGradients)
+    """What it has had accumulated."""
     ahead_bytes: int = 0
     """What the gradients take that it sends ahead of its pushes, if it does."""
-    """What it has had accumulated."""
     place: Place = field(default_factory=lambda: Place(0, 0.0))
     """Its place in the job, once it is in it. Its stream notes there, without the lock, when it hears of it."""
     returned: Standing | None = None

@@ -74,8 +74,23 @@ class Opening:
     """Whether such a process takes the job as it is, though it may not be as far as that."""
 
 
-def read_opening(message: job_pb2.OpenJob) -> Opening:
+def check_names(message: job_pb2.OpenJob) -> None:
+    """Checks what an `OpenJob` is told apart from others by, before anything else is done with it.
+
+    Raises:
+        InvalidFieldError: a name is missing, too long, or has what no name may have.
+    """
+    _name("OpenJob.job", message.job)
+    _name("WorkerIdentity.worker_id", message.worker.worker_id)
+
+
+def read_opening(message: job_pb2.OpenJob, *, payloads_are_short: bool = False) -> Opening:
     """Checks an `OpenJob`.
+
+    Args:
+        message: The message.
+        payloads_are_short: Whether little of a bucket travels in messages: it goes through shared memory, or narrowed
+            both ways.
 
     Raises:
         InvalidFieldError: a field is missing or out of range; it is named.
@@ -106,7 +121,10 @@ def read_opening(message: job_pb2.OpenJob) -> Opening:
     whole = "max_grad_norm or nonfinite" if max_grad_norm is not None or nonfinite != "allow" else policy.whole
     if whole and message.apply == job_pb2.APPLY_MODE_STREAMING:
         raise InvalidFieldError("OpenJob.apply", f"must not be streaming where {whole} looks at a whole step")
-    bucket_bytes = message.bucket_bytes or _bucket_bytes(message)
+    # What a bucket costs hardly depends on its size, but messages take memory in proportion to it, a dozen times in
+    # each process: as much as a message can carry only where these are short.
+    default_bytes = MAX_BUCKET_BYTES if payloads_are_short else DEFAULT_BUCKET_BYTES
+    bucket_bytes = message.bucket_bytes or default_bytes
     if not MIN_BUCKET_BYTES <= bucket_bytes <= MAX_BUCKET_BYTES:
         raise InvalidFieldError(
             "OpenJob.bucket_bytes", f"{bucket_bytes} is not between {MIN_BUCKET_BYTES} and {MAX_BUCKET_BYTES}"
@@ -250,16 +268,6 @@ def encode_nonfinite(settings: JobSettings) -> job_pb2.NonFinite:
     if settings.nonfinite == "allow":
         return job_pb2.NON_FINITE_ALLOW
     return job_pb2.NON_FINITE_SKIP if settings.nonfinite == "skip" else job_pb2.NON_FINITE_ERROR
-
-
-def _bucket_bytes(message: job_pb2.OpenJob) -> int:
-    """The largest payload of a bucket of a job whose creator does not say.
-
-    What a bucket costs hardly depends on its size, but messages take memory in proportion to it, a dozen times in each
-    process: as much as a message can carry only where these are short.
-    """
-    is_narrow = message.gradients and message.parameters
-    return MAX_BUCKET_BYTES if is_narrow or message.HasField("shared_memory") else DEFAULT_BUCKET_BYTES
 
 
 def _check_times(kind: str, message: job_pb2.SyncAggregation | job_pb2.AsyncAggregation) -> None:

@@ -294,12 +294,7 @@ class Pulling:
         Where they stand still otherwise they are read without the lock: what it was sent may be of two steps.
         """
         round_ = push.round
-        return (
-            self.stands_still
-            and round_ is not None
-            and round_.commit is not None
-            and push.store.version != round_.version
-        )
+        return self.stands_still and round_ is not None and round_.is_answered and push.store.version != round_.version
 
 
 def _hand_out(push: OpenPush, round_: Round) -> list[tuple[int, list[bool]]]:

@@ -48,40 +48,43 @@ def serve_step(
     Raises:
         RequestError: the stream cannot go on.
     """
-    began = time.perf_counter()
-    for _ in range(begin.param_group_pages):
-        _, message, _ = incoming.expect("param_groups")
-        for group in message.param_groups.groups:
-            job.pushing.set_hyperparameters(member, group.index, decode_options(group))
     try:
-        if begin.ahead:
-            ahead.check(begin.sequence, job.store)
-        push = job.pushing.begin(
-            member,
-            sequence=begin.sequence,
-            base_step=begin.base_step,
-            group_count=begin.group_count,
-            load_count=begin.load_count,
-            layout_count=begin.layout_count,
-            micro=begin.micro,
-            grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
-            steppable=not begin.without_gradients,
-            resumed=begin.resumed,
-        )
-    except (UpdateRefusedError, AccumulationLostError, LimitExceededError, StepTimeoutError) as error:
-        # Nothing has begun yet: the push is read to its end, and the stream goes on.
-        incoming.skip_to("step_end", "pushed", "bucket")
-        # What it is told is lost must not be there again.
-        job.journal.await_durable()
-        yield refusal(error)
-        return
-    try:
-        yield from _serve_begun(incoming, outgoing, job, push, begin, ahead if begin.ahead else None)
-        yield from outgoing.flush()
-        job.measures.step_seconds.observe(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in range(begin.param_group_pages):
+            _, message, _ = incoming.expect("param_groups")
+            for group in message.param_groups.groups:
+                job.pushing.set_hyperparameters(member, group.index, decode_options(group))
+        try:
+            if begin.ahead:
+                ahead.check(begin.sequence, job.store)
+            push = job.pushing.begin(
+                member,
+                sequence=begin.sequence,
+                base_step=begin.base_step,
+                group_count=begin.group_count,
+                load_count=begin.load_count,
+                layout_count=begin.layout_count,
+                micro=begin.micro,
+                grad_scale=begin.grad_scale if begin.HasField("grad_scale") else None,
+                steppable=not begin.without_gradients,
+                resumed=begin.resumed,
+            )
+        except (UpdateRefusedError, AccumulationLostError, LimitExceededError, StepTimeoutError) as error:
+            # Nothing has begun yet: the push is read to its end, and the stream goes on.
+            incoming.skip_to("step_end", "pushed", "bucket")
+            # What it is told is lost must not be there again.
+            job.journal.await_durable()
+            yield refusal(error)
+            return
+        try:
+            yield from _serve_begun(incoming, outgoing, job, push, begin, ahead if begin.ahead else None)
+            yield from outgoing.flush()
+            job.measures.step_seconds.observe(time.perf_counter() - began)
+        finally:
+            job.pushing.finished(member)
     finally:
+        # Whatever became of it: what the worker does not step with now it does not step with.
         ahead.forget()
-        job.pushing.finished(member)
 
 
 def _serve_begun(
@@ -101,10 +104,14 @@ def _serve_begun(
             yield from outgoing.put(refusal(error))
             return
     owed: frozenset[int] | None = None
+    # Whether what is taken came ahead of the push, which then brings no more of its own accord.
+    came_ahead = False
 
     def take(bucket: Bucket, present: list[bool], payload: torch.Tensor) -> None:
         if begin.skipped or begin.without_gradients:
             raise InvalidFieldError("StepBegin", "a push that is to bring no gradients has brought some")
+        if ahead is not None and owed is None and not came_ahead:
+            raise InvalidFieldError("StepBegin.ahead", "the push has brought gradients again that came ahead of it")
         if owed is not None and bucket.bucket_id not in owed:
             raise InvalidFieldError("TensorBucket.bucket_id", f"{bucket.bucket_id} was not to be pushed again")
         began = time.perf_counter()
@@ -115,11 +122,13 @@ def _serve_begun(
         while True:
             split = SplitParameters(push.store, elsewhere=push.left_out) if owed is None else None
             if ahead is not None and split is not None:
+                came_ahead = True
                 for bucket, present, payload in ahead.take():
                     split.see(bucket, present)
                     take(bucket, present, payload)
                     yield from _applied_values(outgoing, job, push, job.pulling.ready(push), begin)
                     yield from outgoing.flush()
+                came_ahead = False
             for _ in _gradients(incoming, push.store, "step_end", take, split):
                 yield from _applied_values(outgoing, job, push, job.pulling.ready(push), begin)
                 if not incoming.has_next:

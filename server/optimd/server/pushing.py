@@ -349,6 +349,7 @@ class Pushing:
         if round_.commit is not None:
             self._answer_commit_locked(round_)
         elif round_.skipped is not None:
+            round_.version = self._job.content.store.version
             # The aggregator may have counted a step that its gradient did not allow.
             self._job.journal.round_skipped(
                 round_.number,

@@ -29,7 +29,7 @@ from optimd.server.store import StagedState, Store
 from optimd.server.watching import CommittedStep, Contribution
 from optimd.v1 import journal_pb2, state_dict_pb2
 from optimd.wire.buffers import BufferValues, decode_buffer
-from optimd.wire.encodings import EXACT, known_encoding
+from optimd.wire.encodings import Encoding, known_encoding
 from optimd.wire.kinds import PARAMETER, decode_kind
 from optimd.wire.layout import Bucket, decode_bucket, decode_parameter, unpack_present
 from optimd.wire.param_groups import decode_group
@@ -267,7 +267,7 @@ class Replay:
         staged = store.stage(
             _entries(entry.state for entry in message.entries if entry.HasField("state")),
             values=[entry.parameter for entry in message.entries if entry.has_value],
-            received_as={entry.parameter: known_encoding(entry.received_as) or EXACT for entry in message.entries},
+            received_as={entry.parameter: _encoding(entry.received_as) for entry in message.entries},
         )
         self._begin(_Bringing(message.tensor_count, self._staging(staged), lambda: store.install(staged)))
 
@@ -564,6 +564,13 @@ class Replay:
             staged.write(kind, bucket, present, tensor_over(payload, bucket.dtype_of(kind)))
 
         return put
+
+
+def _encoding(number: int) -> Encoding:
+    encoding = known_encoding(number)
+    if encoding is None:
+        raise ReplayError(f"values that came in encoding {number}, which this version does not know")
+    return encoding
 
 
 def _entries(entries: Iterable[state_dict_pb2.ParameterState]) -> list[tuple[int, float, list[str]]]:

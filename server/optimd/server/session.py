@@ -25,7 +25,7 @@ from optimd.server.errors import (
 from optimd.server.incoming import Incoming, read_bucket
 from optimd.server.job import Job
 from optimd.server.member import Member
-from optimd.server.opening import encode_apply, read_layout, read_opening
+from optimd.server.opening import check_names, encode_apply, read_layout, read_opening
 from optimd.server.outgoing import Outgoing
 from optimd.server.pulling import CatchUp
 from optimd.server.pushes import serve_accumulate, serve_discard, serve_step, unseen_values
@@ -210,10 +210,12 @@ class TrainSession:
         _, message, _ = self._incoming.expect("open")
         self._authorize(message.open.job)
         self._outgoing.takes_bundles = message.open.takes_bundles
+        check_names(message.open)
         self._share_memory(message.open)
-        self._incoming.widener.encoding = agreed(message.open.gradients)
-        self._outgoing.encoding = agreed(message.open.parameters)
-        opening = read_opening(message.open)
+        self._incoming.widener.encoding = gradients = agreed(message.open.gradients)
+        self._outgoing.encoding = parameters = agreed(message.open.parameters)
+        is_narrow = not gradients.is_exact and not parameters.is_exact
+        opening = read_opening(message.open, payloads_are_short=is_narrow or self._incoming.shares_memory)
         layout = read_layout(self._incoming.layout_pages(), max_bytes=self._registry.max_job_bytes)
         self._on_opened()
         member = Member(Worker(opening.rank or 0, opening.worker_id), opening.incarnation, cancel=self._cancel)

@@ -23,9 +23,9 @@ from optimd.wire.layout import Bucket, Parameter, Slice
 from optimd.wire.sharedvalues import ValuesFile
 from optimd.wire.tensors import bytes_of
 
-# Integers of the sizes of the dtypes that workers can have in fewer bits than the store.
 _log = logging.getLogger(__name__)
 
+# Integers of the sizes of the dtypes that workers can have in fewer bits than the store.
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -106,31 +106,47 @@ class Store:
 
     def _memory(self, first: int, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
         """Memory for the values of parameters, of which `first` is the first."""
-        if self.shares and parameters:
-            try:
-                file = ValuesFile.create(parameters)
-            except OSError as error:
-                _log.info("values are where workers on this host cannot read them: %s", error)
-            else:
-                self.shared[first] = file
-                file.change(self.version)
-                return file.flats
+        file = self._shared_memory(parameters) if self.shares else None
+        if file is not None:
+            self.shared[first] = file
+            return file.flats
         return [torch.empty(each.numel, dtype=each.server_dtype, device=self.device) for each in parameters]
+
+    def _shared_memory(self, parameters: Sequence[Parameter]) -> ValuesFile | None:
+        """Memory for the values of parameters where workers can read them; None where there is too little, or none."""
+        if not parameters:
+            return None
+        try:
+            file = ValuesFile.create(parameters)
+        except OSError as error:
+            _log.info("values are where workers on this host cannot read them: %s", error)
+            return None
+        file.change(self.version)
+        return file
 
     def share(self) -> None:
         """Moves values to where workers on this host can read them, and has those that are added later be there too.
 
-        Does nothing on a device, and where there is too little memory of that kind. What views of the values were given
-        out keep what they show.
+        Does nothing on a device, and where there is too little memory of that kind. Not while values are written. They
+        may be read meanwhile, without a lock: what is read is in either place, and the same. What views of the values
+        were given out keep what they show.
         """
         if self.shares or self.device.type != "cpu":
             return
-        self.shares = True
-        former, self._values = self._values, self._memory(0, self.parameters)
-        for value, old in zip(self._values, former, strict=True):
+        if not self.parameters:
+            self.shares = True
+            return
+        file = self._shared_memory(self.parameters)
+        if file is None:
+            return
+        for value, old in zip(file.flats, self._values, strict=True):
             value.copy_(old)
+        # In this order: nobody finds what is not there yet.
+        self._values = file.flats
         for bucket, views in zip(self.buckets, self._views, strict=True):
             views.values = [self._slice(self._values[piece.parameter], piece) for piece in bucket.slices]
+        self.shared[0] = file
+        self.shares = True
 
     def hide(self) -> None:
         """No worker that comes from now on finds the values."""
@@ -160,13 +176,12 @@ class Store:
         del self._views[bucket_count:]
 
     def write_values(self, bucket: Bucket, payload: torch.Tensor) -> None:
-        """Sets the values of a whole bucket.
+        """Sets the values of a whole bucket, for the first time: nobody has read them, and nobody's have changed.
 
         Args:
             bucket: One of the store's.
             payload: Its elements, flat, on the CPU.
         """
-        self._change()
         pieces = torch.split(payload, [piece.length for piece in bucket.slices])
         for view, piece in zip(self._views[bucket.bucket_id].values, pieces, strict=True):
             view.copy_(piece.view_as(view))

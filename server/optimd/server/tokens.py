@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 MIN_SECRET_CHARACTERS: Final = 16
 """The shortest secret that is taken. What can be guessed is none."""
 
+_SHOWN: Final = 100
+"""How much of a name is shown that somebody brings who may be anybody."""
+
 _KEYS: Final = {"name": str, "secret": str, "jobs": list, "admin": bool}
 
 
@@ -54,7 +57,8 @@ class Caller:
         """
         if not any(fnmatch.fnmatchcase(job, pattern) for pattern in self.jobs):
             raise PermissionDeniedError(
-                f"the token {self.name!r} is not good for job {job!r}: bring one that is, or have its `jobs` extended"
+                f"the token {self.name!r} is not good for job {job[:_SHOWN]!r}: bring one that is, or have its `jobs` "
+                "extended"
             )
 
     def check_admin(self) -> None:

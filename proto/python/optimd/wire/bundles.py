@@ -14,6 +14,9 @@ from optimd.wire.rings import RingWriter
 BUNDLE_BYTES: Final = 128 * 1024
 """What a bundle holds at most. A message as large as that travels by itself."""
 
+_MOST_BYTES: Final = 2 * BUNDLE_BYTES
+"""With what each message in it takes besides: what can be made of larger ones is a million messages at once."""
+
 _FIELD: Final = 31
 _LENGTH_DELIMITED: Final = 2
 _TAG: Final = varint(_FIELD << 3 | _LENGTH_DELIMITED)
@@ -69,10 +72,12 @@ def unbundle(data: bytes) -> list[bytes]:
     """The messages that a received one stands for: itself, where it is no bundle.
 
     Raises:
-        MalformedMessageError: it begins as a bundle, and has something else in it.
+        MalformedMessageError: it begins as a bundle, and has something else in it, or more than one may have.
     """
     if not data.startswith(_TAG):
         return [data]
+    if len(data) > _MOST_BYTES:
+        raise MalformedMessageError(f"a bundle of {len(data)} bytes, of which it may have {_MOST_BYTES}")
     messages, position = [], 0
     while position < len(data):
         parsed = read_varint(data, position + len(_TAG)) if data.startswith(_TAG, position) else None

@@ -4,9 +4,8 @@ The server keeps them in a file like those of `sharedmemory`, which has its name
 at any time. Workers map it to read. `LayoutAccepted` says what lies where, `SharedValues` in the schema how.
 
 What a worker reads there may change under it once the server holds it to be lost. So each change has a number, which
-stands in the file before anything is written: who has read finds there whether that was all of one piece. (Between
-numbers and values lie, on both sides, releases of the interpreter's lock, which no processor moves loads and stores
-across.)
+stands in the file before anything is written: who has read finds there whether that was all of one piece. Between
+numbers and values lies, on both sides, a fence.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Final, Self
 import torch
 
 from optimd.wire.layout import Parameter
+from optimd.wire.rings import fence
 from optimd.wire.sharedmemory import FOLDER, HEADER_BYTES, NotSharedError, find_file, new_file, remove_file
 from optimd.wire.tensors import bytes_of, tensor_over
 
@@ -46,7 +46,11 @@ class ValuesFile:
         starts, nbytes = _starts(parameters)
         os.posix_fallocate(descriptor, 0, nbytes)
         # Unlike mmap's, it keeps no open file.
-        memory = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
+        try:
+            memory = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            # What the system said is in its text alone.
+            raise OSError(f"{path} cannot be mapped: {str(error).partition(chr(10))[0]}") from error
         self.name = path.name
         self.token = token
         self.flats = [
@@ -71,6 +75,7 @@ class ValuesFile:
     def change(self, version: int) -> None:
         """Values are about to change, for the `version`th time."""
         self._version[0] = version
+        fence()
 
     def close(self) -> None:
         """Removes the file: no worker finds it any more. May be called more than once."""
@@ -114,6 +119,7 @@ class MappedValues:
     @property
     def version(self) -> int:
         """The number of the last change of any of these values."""
+        fence()
         return self._version[0]
 
 
