@@ -50,8 +50,8 @@ class _BucketViews:
 class Store:
     """Values and state of a job's parameters.
 
-    Not thread-safe: the job that owns it serialises changes. It reads without that where nothing can change: values of a
-    step that stand still until all its workers have gone on. Those may be moved meanwhile (`share`).
+    Not thread-safe: the job that owns it serialises changes. It reads without that where nothing can change: values of
+    a step that stand still until all its workers have gone on. Those may be moved meanwhile (`share`).
 
     Args:
         device: Where the tensors live.
