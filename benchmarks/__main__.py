@@ -111,7 +111,14 @@ def _measure(parsed: argparse.Namespace) -> int:
         chart.draw(parsed.chart, steps)
     if parsed.into is not None:
         report.write_into(parsed.into, tables)
-    missed = any(mark.holds is False for mark in all_marks) or any(measured.missed for measured in journals)
+    differing = [name for measured in steps for name in measured.differing]
+    if differing:
+        print(f"Parameters differ from the local Adam's: {', '.join(differing)}.", file=sys.stderr)
+    missed = (
+        bool(differing)
+        or any(mark.holds is False for mark in all_marks)
+        or any(measured.missed for measured in journals)
+    )
     return 1 if parsed.strict and missed else 0
 
 

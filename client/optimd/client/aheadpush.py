@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -45,13 +46,13 @@ class AheadPush:
     def __init__(self, stream: TrainStream, layout: JobLayout, sequence: int, encoding: Encoding) -> None:
         self.stream = stream
         self.sequence = sequence
-        self.sent_before = stream.bytes_sent
-        """What had been sent over the stream before, in bytes."""
+        self.sent_before: int | None = None
+        """What had been sent over the stream before, in bytes; None until the first of this is sent."""
         self.is_complete = False
         """Whether all of the push's gradients have been given."""
         self._layout = layout
         self._encoding = encoding
-        self._is_over = False
+        self._is_over = self._is_abandoned = False
         # Ended by None. Bounded by the number of buckets.
         self._ready: queue.SimpleQueue[_Ready | None] = queue.SimpleQueue()
         stream.send_until(self._messages(), self.abandon)
@@ -61,17 +62,24 @@ class AheadPush:
         """Whether gradients may be given still."""
         return not self._is_over and not self.stream.has_ended
 
-    def put(self, bucket: Bucket, present: Sequence[bool], grads: Mapping[int, torch.Tensor]) -> None:
+    def put(
+        self,
+        bucket: Bucket,
+        present: Sequence[bool],
+        grads: Mapping[int, torch.Tensor],
+        computed: Sequence[torch.cuda.Event] = (),
+    ) -> None:
         """Gives a bucket, once. Its gradients are read until the push is over, and must not change.
 
         Args:
             bucket: The bucket.
             present: Which of its slices have a gradient.
-            grads: These, by parameter index. On a GPU they may be being computed still, on the current stream.
+            grads: These, by parameter index. On a GPU they may be being computed still.
+            computed: What says that they are, besides what the current stream has been given.
         """
         devices = {grad.device for grad in grads.values() if grad.is_cuda}
-        computed = [torch.cuda.current_stream(device).record_event() for device in devices]
-        self._ready.put(_Ready(bucket, present, grads, computed))
+        here = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._ready.put(_Ready(bucket, present, grads, [*computed, *here]))
 
     def complete(self) -> None:
         """All of the push's gradients have been given."""
@@ -80,12 +88,19 @@ class AheadPush:
             self._ready.put(None)
 
     def abandon(self) -> None:
-        """What was given is not to be stepped with. May be called more than once, and after `complete`."""
+        """What was given is not to be stepped with, and what of it has not been sent is not.
+
+        May be called more than once, and after `complete`, when it does nothing.
+        """
         if not self._is_over:
-            self._is_over = True
+            self._is_over = self._is_abandoned = True
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._ready.get_nowait()
             self._ready.put(None)
 
     def _messages(self) -> Iterator[bytes]:
+        self.sent_before = self.stream.bytes_sent
         begin = training_pb2.PushAhead(sequence=self.sequence)
         count, bundler = 0, Bundler(self.stream.ring)
         yield from bundler.put(encode(training_pb2.TrainRequest(push_ahead=begin)))
@@ -94,7 +109,7 @@ class AheadPush:
                 # Nothing is held back while more is computed.
                 yield from bundler.flush()
             ready = self._ready.get()
-            if ready is None:
+            if ready is None or self._is_abandoned:
                 break
             for event in ready.computed:
                 event.synchronize()

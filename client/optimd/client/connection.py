@@ -15,6 +15,7 @@ from optimd.client import forks
 from optimd.client.credentials import INSECURE, Credentials
 from optimd.client.exceptions import (
     CertificateError,
+    ConfigurationError,
     ConnectionLostError,
     ForkedProcessError,
     OptimizerClosedError,
@@ -74,7 +75,8 @@ class TrainStream:
         self.ring: RingWriter | None = None
         """Where gradients may be placed, once the server has taken the offer."""
         self._ring: RingReader | None = None
-        # Bounded by its use: one iterator is sent at a time, and the next only when it is answered.
+        # Bounded by its use: one iterator is sent at a time, the next only when it is answered, and what is sent ahead
+        # of a push ends when the next is given.
         self._outbox: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
         self._counter = _Counter()
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
@@ -85,7 +87,7 @@ class TrainStream:
         """Whether the server reads bundles, as it has said."""
         self.takes_ahead = False
         """Whether it takes gradients ahead of their push."""
-        self._finish: Callable[[], object] = lambda: None
+        self._finish: Callable[[], object] | None = None
         self.bytes_received = 0
 
     @property
@@ -100,8 +102,14 @@ class TrainStream:
 
     def send(self, messages: Iterable[bytes]) -> None:
         """Sends serialised messages, in order, while the caller goes on. What they read must not change meanwhile."""
-        self._finish()
+        self._end_ahead()
         self._outbox.put(bundled(messages, self.ring) if self.takes_bundles else messages)
+
+    def _end_ahead(self) -> None:
+        """What is being sent comes to its end. Whoever gave it is not kept: it refers to this stream."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
 
     def send_until(self, messages: Iterable[bytes], finish: Callable[[], object]) -> None:
         """Sends serialised messages, bundled by whoever makes them, as they are made. Does not wait.
@@ -146,6 +154,12 @@ class TrainStream:
         self.takes_ahead = accepted.takes_ahead
         if self.offer is None:
             return
+        if self.offer.is_insisted_on and not accepted.shared_memory:
+            self.offer.close()
+            raise ConfigurationError(
+                'ProxyOptions(transport="shm"): the server found this worker\'s memory, and could not map it; its log '
+                'says why. Choose "auto" or "grpc" to do without'
+            )
         rings = self.offer.accept() if accepted.shared_memory else None
         if rings is not None:
             self.ring, self._ring = rings
@@ -177,7 +191,7 @@ class TrainStream:
 
     def close_side(self) -> None:
         """Closes the worker's side, behind all that was sent. Does not wait; any thread may call it, more than once."""
-        self._finish()
+        self._end_ahead()
         self._outbox.put(None)
 
     def finish(self) -> None:
@@ -192,7 +206,7 @@ class TrainStream:
 
     def cancel(self) -> None:
         """Ends the stream at once, without a word. May be called from any thread, and more than once."""
-        self._finish()
+        self._end_ahead()
         self._outbox.put(None)
         self._call.cancel()
         if self.offer is not None:

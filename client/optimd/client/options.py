@@ -185,7 +185,8 @@ class ProxyOptions:
     applied before `step()`, and parameters change only in it. A bucket leaves when all of its parameters have their
     gradients; the last parameters come first. Run every backward but the last one before `step()` under
     `Adam.no_sync()`; a second one outside of it raises. Gradients must not be changed between backward and `step()`:
-    clip with `max_grad_norm`, and instead of a `GradScaler` autocast to bfloat16, or use `nonfinite`. The server takes
+    clip with `max_grad_norm`, and instead of a `GradScaler` autocast to bfloat16, or use `nonfinite`. A change is
+    refused, but for one through `.data` of some elements of a large gradient, which a sample may miss. The server takes
     as much memory as the gradients for each worker that does so; where it has none left they travel in `step()`. Each
     worker's own choice."""
 

@@ -83,11 +83,17 @@ class Overlap:
         self._index: dict[int, int] = {}
         self._pauses = 0
         self._push: AheadPush | None = None
+        # Gradients that have left from their hooks, by index of parameter.
         self._left: dict[int, _Left] = {}
+        # Those that were there already when the others of their bucket left: of parameters that were not waited for.
+        self._carried: dict[int, _Left] = {}
+        # Of those that have left on a GPU: when they are computed.
+        self._computed: dict[int, torch.cuda.Event] = {}
         # Of the push that is open: buckets that have left, with which of their slices, and how many parameters the
         # others wait for.
         self._sent: dict[int, list[bool]] = {}
         self._waiting: dict[int, int] = {}
+        self._waited: set[int] = set()
         self._buckets_of: dict[int, list[Bucket]] = {}
 
     def watch(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -134,10 +140,11 @@ class Overlap:
             self._discard_locked()
             self._let_go()
 
-    def complete(self, grads: Sequence[torch.Tensor | None]) -> AheadPush | None:
+    def complete(self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> AheadPush | None:
         """Sends what has not left yet: all of the next push's gradients are under way then.
 
         Args:
+            tensors: The parameters as they are now, in order.
             grads: As in `Push`.
 
         Returns:
@@ -148,6 +155,10 @@ class Overlap:
         """
         with self._lock:
             push, is_cleared = self._push, False
+            if [id(tensor()) for tensor in self._tensors] != [id(tensor) for tensor in tensors]:
+                # Somebody has edited param_groups: what has left goes by other indices.
+                self._discard_locked()
+                return None
             for index, left in self._left.items():
                 grad = grads[index] if index < len(grads) else None
                 is_cleared = is_cleared or grad is None
@@ -159,6 +170,9 @@ class Overlap:
                 for bucket in layout.buckets
             }
             is_other = is_cleared or any(now[bucket_id] != there for bucket_id, there in self._sent.items())
+            is_other = is_other or any(
+                (grad := grads[index]) is None or left.is_changed(grad) for index, left in self._carried.items()
+            )
             if push is None or is_other or not push.is_open:
                 self._discard_locked()
                 return None
@@ -174,6 +188,9 @@ class Overlap:
     # --- in hooks
 
     def _has_gradient(self, tensor: torch.Tensor) -> None:
+        if not self._session.is_own:
+            # A child of the process whose line this is: it has none.
+            return
         with self._lock:
             index, grad = self._index.get(id(tensor)), tensor.grad
             if index is None or grad is None:
@@ -190,14 +207,31 @@ class Overlap:
                 self._begin_locked()
             if self._push is None:
                 return
-            if not self._push.is_open or not self._fits(index, tensor, grad):
+            try:
+                self._leaves_locked(self._push, index, tensor, grad)
+            except BaseException:
+                # What has left may not be what is noted down of it.
                 self._push.abandon()
-            if grad.layout is torch.strided:
-                self._left[index] = _Left(grad)
-            for bucket in self._buckets_of.get(index, ()):
-                self._waiting[bucket.bucket_id] -= 1
-                if not self._waiting[bucket.bucket_id]:
-                    self._send_locked(self._push, bucket)
+                raise
+
+    def _leaves_locked(self, push: AheadPush, index: int, tensor: torch.Tensor, grad: torch.Tensor) -> None:
+        """A gradient is computed: it leaves with the last of its bucket."""
+        buckets = self._buckets_of.get(index, ())
+        has_left = any(bucket.bucket_id in self._sent for bucket in buckets)
+        if not push.is_open or has_left or not self._fits(index, tensor, grad):
+            push.abandon()
+        if grad.layout is torch.strided and grad._base is None:  # noqa: SLF001  # torch has no other name for it
+            self._left[index] = _Left(grad)
+        else:
+            # Views of one buffer count each other's writes: nothing could be said of any.
+            push.abandon()
+        if grad.is_cuda:
+            # In the stream that computes it, which need not be that of the last one of its bucket.
+            self._computed[index] = torch.cuda.current_stream(grad.device).record_event()
+        for bucket in buckets if index in self._waited else ():
+            self._waiting[bucket.bucket_id] -= 1
+            if not self._waiting[bucket.bucket_id]:
+                self._send_locked(push, bucket)
 
     def _begin_locked(self) -> None:
         layout = self._session.layout
@@ -209,11 +243,13 @@ class Overlap:
             return
         self._buckets_of.clear()
         self._waiting.clear()
+        self._waited = {
+            index for index, tensor in enumerate(self._tensors) if (each := tensor()) is not None and each.requires_grad
+        }
         for bucket in layout.buckets:
             indices = {piece.parameter for piece in bucket.slices}
-            waited = [index for index in indices if (each := self._tensors[index]()) is not None and each.requires_grad]
-            self._waiting[bucket.bucket_id] = len(waited)
-            for index in waited:
+            self._waiting[bucket.bucket_id] = len(indices & self._waited)
+            for index in indices:
                 self._buckets_of.setdefault(index, []).append(bucket)
 
     def _fits(self, index: int, tensor: torch.Tensor, grad: torch.Tensor) -> bool:
@@ -228,10 +264,15 @@ class Overlap:
             tensor = self._tensors[index]()
             if tensor is not None and is_held(tensor) and tensor.grad is not None:
                 grads[index] = tensor.grad
+                if index not in self._left:
+                    if tensor.grad.layout is not torch.strided:
+                        push.abandon()
+                        return
+                    self._carried[index] = _Left(tensor.grad)
         present = [piece.parameter in grads for piece in bucket.slices]
-        self._sent[bucket.bucket_id] = present
         if push.is_open:
-            push.put(bucket, present, grads)
+            push.put(bucket, present, grads, [event for index in grads if (event := self._computed.get(index))])
+        self._sent[bucket.bucket_id] = present
 
     def _discard_locked(self) -> None:
         if self._push is not None:
@@ -241,6 +282,8 @@ class Overlap:
     def _forget_locked(self) -> None:
         self._push = None
         self._left.clear()
+        self._carried.clear()
+        self._computed.clear()
         self._sent.clear()
 
 

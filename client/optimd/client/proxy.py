@@ -192,8 +192,11 @@ class OptimizerProxy(RemoteOptimizer):
         ahead = None
         if self._overlap is not None:
             if push.grad_scale is not None or push.skipped:
+                # GradScaler takes them away behind the step, which it does not come to: the next one is without it.
+                for name in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(name, None)
                 raise ConfigurationError(SCALED)
-            ahead = self._overlap.complete(push.grads)
+            ahead = self._overlap.complete(tensors, push.grads)
         with hooks.held_back():
             receipt = session.step(push, tensors, rewinds=rewinds, on_received=self._tracker.received, ahead=ahead)
             self.last_receipt = receipt

@@ -30,9 +30,14 @@ class Offer:
     """One stream's memory, from the question whether the server finds it to the server's answer.
 
     Not thread-safe, but for `close`. Whoever makes one closes it.
+
+    Args:
+        segment: The memory.
+        is_insisted_on: Whether the worker will have nothing else.
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, *, is_insisted_on: bool = False) -> None:
+        self.is_insisted_on = is_insisted_on
         self._segment = segment
         self._mapping: Mapping | None = None
 
@@ -127,7 +132,7 @@ class SameHost:
         if self._transport == "grpc":
             return None
         try:
-            return Offer(Segment.create())
+            return Offer(Segment.create(), is_insisted_on=self._transport == "shm")
         except OSError as error:
             self._fail(error)
             return None

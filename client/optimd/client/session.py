@@ -341,7 +341,7 @@ class Session:
             maps_values=self._line.server_values.are_mapped,
             ahead=ahead is not None,
         )
-        with self._line.failing_for_good(), opened.counting(stream, None if ahead is None else ahead.sent_before):
+        with self._line.failing_for_good(), opened.counting(stream, ahead):
             stream.send(
                 push_messages(
                     self._line.layout,
@@ -678,12 +678,13 @@ class _OpenStep:
             self.push = dataclasses.replace(self.push, values=values)
 
     @contextmanager
-    def counting(self, stream: TrainStream, sent_before: int | None = None) -> Iterator[None]:
-        """Counts what goes over a stream in the block, or has since `sent_before` was what had been sent."""
-        sent = stream.bytes_sent if sent_before is None else sent_before
-        received = stream.bytes_received
+    def counting(self, stream: TrainStream, ahead: AheadPush | None = None) -> Iterator[None]:
+        """Counts what goes over a stream in the block, and what was sent `ahead` of it."""
+        sent, received = stream.bytes_sent, stream.bytes_received
         try:
             yield
         finally:
+            if ahead is not None and ahead.sent_before is not None:
+                sent = ahead.sent_before
             self.sent += stream.bytes_sent - sent
             self.received += stream.bytes_received - received
