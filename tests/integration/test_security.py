@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -474,3 +475,39 @@ def test_with_a_certificate_a_server_may_listen_beyond_the_host(authority: Autho
         port = server.address.rpartition(":")[2]
         train(f"127.0.0.1:{port}", tls=authority.trusted_by())
     assert "give it a certificate" in optimd("serve", "--address=0.0.0.0:0")[1]
+
+
+def test_connections_beyond_the_limit_are_closed_as_they_come() -> None:
+    """Those that are there stay, and there is room again when one goes."""
+
+    def connect(address: str) -> tuple[socket.socket, bool]:
+        host, _, port = address.rpartition(":")
+        line = socket.create_connection((host, int(port)), timeout=5)
+        # What HTTP/2 begins with, and no settings.
+        line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        try:
+            return line, bool(line.recv(9))
+        except ConnectionError:
+            return line, False
+
+    with running_server(max_connections=3) as server:
+        lines = [connect(server.address) for _ in range(6)]
+        assert [stays for _, stays in lines].count(True) == 3
+        next(line for line, stays in lines if stays).close()
+
+        def has_room() -> bool:
+            line, stays = connect(server.address)
+            lines.append((line, stays))
+            return stays
+
+        assert eventually(has_room)
+        for line, _ in lines:
+            line.close()
+        assert eventually(lambda: _trains(server.address))
+
+
+def _trains(address: str) -> bool:
+    try:
+        return torch.equal(train(address, job="another", on_existing="replace", retry_timeout_s=1), trained_locally())
+    except ConnectionError:
+        return False

@@ -103,7 +103,11 @@ class Server:
             ThreadPoolExecutor(3 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
             interceptors=[self._translation],
             # A peer on this machine that is gone is seen to be; one that is stopped may rest for as long as it likes.
-            options=_CHANNEL_OPTIONS if config.socket_path is not None else (*_CHANNEL_OPTIONS, *_KEEPALIVE),
+            options=(
+                *_CHANNEL_OPTIONS,
+                ("grpc.max_allowed_incoming_connections", config.resolved_max_connections()),
+                *(() if config.socket_path is not None else _KEEPALIVE),
+            ),
         )
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         self._admin_service = AdminService(self.registry, limits, self._gate)

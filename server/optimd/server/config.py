@@ -43,6 +43,9 @@ class ServerConfig:
     max_workers: int = setting(
         256, "The most workers at once, over all jobs. Each holds a thread, and one more while it reads or watches."
     )
+    max_connections: int = setting(
+        0, "The most connections at once; others are closed as they come. 0: twice --max-workers, and 64 for operators."
+    )
     max_job_workers: int = setting(0, "The most workers of one job at once. 0: as many as the server takes in all.")
     lease_s: float = setting(
         15.0, "How long a worker that is not heard of stays in its job, in seconds. Others wait for it meanwhile."
@@ -131,6 +134,7 @@ class ServerConfig:
             raise ConfigurationError(f"snapshot_s is {self.snapshot_s}; it must be a number of seconds, or 0")
         for name in (
             "threads",
+            "max_connections",
             "max_job_workers",
             "max_job_bytes",
             "drain_timeout_s",
@@ -193,6 +197,10 @@ class ServerConfig:
             ConfigurationError: the address is not "host:port".
         """
         return host_of(self.address, "host:port or unix:///path")
+
+    def resolved_max_connections(self) -> int:
+        """The most connections at once."""
+        return self.max_connections or 2 * self.max_workers + 64
 
     def resolved_threads(self) -> int:
         """The number of torch threads."""
