@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from optimd.cli.admin import Admin
+from optimd.cli.target import Target
 from optimd.client import Adam, ConnectionLostError, ForkedProcessError, ProxyOptions
 from optimd.server import ConfigurationError, Server
 from optimd.v1 import admin_pb2
@@ -426,7 +427,8 @@ def test_a_restarted_example_takes_up_where_it_was_killed(tmp_path: Path) -> Non
             assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.communicate()
-        assert 0 < Admin(address).job("cut").summary.step < Admin(address).job("whole").summary.step
+        admin = Admin(Target(address=address))
+        assert 0 < admin.job("cut").summary.step < admin.job("whole").summary.step
         last_line_of(*common, "--job=cut", "--save", str(tmp_path / "cut.pt"))
     whole, cut = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
