@@ -20,19 +20,23 @@ EXAMPLE = ROOT / "examples" / "train_digits.py"
 
 
 def torchrun(*arguments: str | Path, folder: Path, **environment: str) -> list[str]:
-    """Runs a script under torchrun. Gives the lines that it has written."""
+    """Runs a script under torchrun. Gives the lines that its workers have written, one worker's after another's."""
+    logs = folder / "logs"
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+        # torchrun has Python write every word at once: in one file, two workers' lines would get into each other.
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--redirects=1", f"--log-dir={logs}"),
+            *arguments,
+        ],
         check=False,
         capture_output=True,
         text=True,
         timeout=140,
-        # Buffered: else two workers' lines may get into each other.
-        env={**os.environ, "TMPDIR": tempfile.mkdtemp(prefix="t-"), "PYTHONUNBUFFERED": "", **environment},
+        env={**os.environ, "TMPDIR": tempfile.mkdtemp(prefix="t-"), **environment},
         cwd=folder,
     )
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout.splitlines()
+    return [line for log in sorted(logs.rglob("stdout.log")) for line in log.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
