@@ -64,7 +64,8 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> WorkerEnviron
         insecure=_flag(variables, "OPTIMD_INSECURE"),
         rank=_number(variables, "RANK", None),
         world_size=_number(variables, "WORLD_SIZE", 1),
-        local_rank=_number(variables, "LOCAL_RANK", 0),
+        # Started by hand with ranks alone, several may be on this host.
+        local_rank=_number(variables, "LOCAL_RANK", _number(variables, "RANK", 0)),
         # Without torchrun's word for it, assume that other workers may be on other hosts.
         local_world_size=_number(variables, "LOCAL_WORLD_SIZE", 1),
         run_id=run_id if run_id not in (None, "none") else None,

@@ -168,8 +168,8 @@ class ProxyOptions:
     An asynchronous job waits for no number."""
 
     worker_id: str | None = None
-    """This worker's name in the job, the same when it is restarted. None: host name and local rank; host name and
-    process where the server chooses the rank."""
+    """This worker's name in the job, the same when it is restarted. None: host name and local rank (without
+    torchrun's, rank); host name and process where the server chooses the rank."""
 
     on_existing: Literal["resume", "fail", "replace"] = "resume"
     """What to do where the job exists: go on from where it stands, raise `JobExistsError`, or start it anew if
