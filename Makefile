@@ -72,7 +72,7 @@ integration: wheel
 	$(BIN)/python -m pip --python $(TRAINERS_VENV)/bin/python install --quiet --disable-pip-version-check \
 		-c constraints.txt "$$(echo dist/optimd-*.whl)[integration]"
 	$(TRAINERS_VENV)/bin/python -m pytest --against-wheel tests/trainers $(PYTEST_ARGS)
-	$(WHEEL_VENV)/bin/python -m pytest --against-wheel tests/observability $(PYTEST_ARGS)
+	$(WHEEL_VENV)/bin/python -m pytest --against-wheel tests/observability tests/pages $(PYTEST_ARGS)
 
 # Needs a Docker engine, and to be allowed to kill what runs in it.
 compose-test: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -100,3 +101,20 @@ def test_an_address_that_is_none_is_refused() -> None:
     """Before anything is started."""
     with pytest.raises(ConfigurationError, match="'9464' is not an address; write host:port"):
         ServerConfig(metrics_address="9464")
+
+
+def test_what_a_restart_replays_is_not_counted_again(tmp_path: Path) -> None:
+    """A counter that begins anew is added up by whoever reads it: those pushes would be there twice."""
+    settings = {"metrics_address": "127.0.0.1:0", "data_dir": str(tmp_path), "snapshot_s": 0.0}
+    crashed = tmp_path.with_name("crashed")
+    with running_server(**settings) as server:
+        steps(server, 5)
+        # As it would be found after a crash: without the snapshot of an orderly end.
+        shutil.copytree(tmp_path, crashed)
+    with running_server(**{**settings, "data_dir": str(crashed)}) as server:
+        samples = read(server)
+        assert of(samples, "optimd_job_step", job_name="j") == 5
+        assert of(samples, "optimd_journal_replay_bytes", job_name="j") > 5 * 4000
+        for name in ("optimd_steps_total", "optimd_staleness_steps_count", "optimd_step_seconds_count"):
+            assert of(samples, name, job_name="j") == 0, name
+        assert of(samples, "optimd_pushes_total", job_name="j", outcome="applied") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import math
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,6 +260,72 @@ def test_a_worker_that_is_waited_for_after_its_death_can_be_evicted(server: Serv
     second.close()
 
 
+def test_a_lost_worker_whose_place_is_kept_is_listed_and_can_be_given_up(tmp_path: Path) -> None:
+    """With `on_loss="wait"` its lease ends and the others wait on, also after a restart: until an operator says no."""
+    policy = Sync(on_loss="wait", timeout_s=60)
+    settings = {"data_dir": str(tmp_path), "lease_s": 1.0}
+    with running_server(**settings) as server:
+        p, optimizer = worker(server, "kept", 0, 2, aggregation=policy)
+        other_p, other = worker(server, "kept", 1, 2, aggregation=policy)
+        in_threads(lambda rank: step((p, other_p)[rank], (optimizer, other)[rank], 1.0), 2)
+        # Dead, without a word.
+        other._session._line.drop()
+        server.registry.get("kept").members()[1].cancel()
+        assert eventually(lambda: "lost, awaited" in optimd("jobs", "show", "kept", "--server", server.address)[1])
+        waiting = threading.Thread(target=step, args=(p, optimizer, 1.0))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        status, output = optimd("jobs", "evict", "kept", "worker-1", "--server", server.address)
+        assert status == 0, output
+        waiting.join(20)
+        assert optimizer.last_receipt.contributors == (0,)
+        optimizer.close()
+    with running_server(**settings) as server:
+        assert server.registry.get("kept").awaited_absent() == []
+
+
+def test_who_waits_is_seen_to_wait_before_it_is_over(server: Server) -> None:
+    """Not only afterwards: else nobody could be told apart from the one that all wait for."""
+    p, optimizer = worker(server, "waits", 0, 2)
+    _, other = worker(server, "waits", 1, 2)
+    job = server.registry.get("waits")
+    waiting = threading.Thread(target=step, args=(p, optimizer, 1.0))
+    waiting.start()
+    try:
+        assert eventually(lambda: job.members()[0].waits.total_s > 0.3)
+        assert job.members()[1].waits.total_s == 0
+    finally:
+        other.close()
+        waiting.join(20)
+        optimizer.close()
+
+
+def test_a_job_that_waits_for_its_disk_can_be_looked_at(tmp_path: Path) -> None:
+    """It holds its lock meanwhile. What an operator would change says that it is busy, and changes nothing later."""
+    files = FailingFiles()
+    with running_server(data_dir=str(tmp_path), metrics_address="127.0.0.1:0", files=files) as server:
+        p, optimizer = worker(server, "full", 0, 1)
+        step(p, optimizer, 1.0)
+        full = files.fail("write_some", code=errno.ENOSPC, times=math.inf)
+        waiting = threading.Thread(target=step, args=(p, optimizer, 1.0))
+        waiting.start()
+        assert full.fires.wait(10)
+        page = urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5).read().decode()
+        assert 'optimd_journal_stuck{job_name="full"} 1.0' in page
+        assert 'optimd_worker_silent_seconds{job_name="full"' in page
+        shown = optimd("jobs", "show", "full", "--server", server.address)
+        assert shown[0] == 0, shown[1]
+        assert "worker-0" in shown[1]
+        status, output = optimd("jobs", "evict", "full", "worker-0", "--server", server.address)
+        assert status == 2
+        assert "is busy, and the worker is still in it" in output
+        full.stop()
+        waiting.join(20)
+        assert optimizer.last_receipt.step == 2
+        optimizer.close()
+
+
 def test_there_has_to_be_such_a_worker(server: Server) -> None:
     """And such a job."""
     p, optimizer = worker(server, "alone", 0, 1)
@@ -375,4 +444,15 @@ def test_records_of_the_log_say_which_job_step_and_worker_they_are_about(tmp_pat
     (left,) = [record for record in records if record["event"].endswith(" left")]
     assert (left["job"], left["worker"], left["rank"], left["step"]) == ("logged", "worker-7", 0, 1)
     (refused,) = [record for record in records if "UNKNOWN_JOB" in record["event"]]
-    assert "job" not in refused
+    assert (refused["job"], refused.get("worker"), refused.get("step")) == ("none", None, None)
+
+
+def test_a_deleted_job_is_not_kept_by_the_threads_that_served_it() -> None:
+    """Of which there are many, and what the log tells of a call has the job."""
+    with running_server() as server:
+        p, optimizer = worker(server, "gone", 0, 1)
+        with optimizer:
+            step(p, optimizer, 1.0)
+        job = weakref.ref(server.registry.get("gone"))
+        server.registry.delete("gone", force=False)
+        assert eventually(lambda: gc.collect() >= 0 and job() is None)

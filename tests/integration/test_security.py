@@ -441,6 +441,15 @@ def test_sighup_revokes_a_token_and_ends_what_it_is_used_for(tokens: Path) -> No
 # --- a server that cannot be set up so
 
 
+def test_sighup_ends_no_server_that_has_no_tokens() -> None:
+    """Whoever sends it for the certificates' sake finds it still there."""
+    with server_process() as (process, address):
+        process.send_signal(signal.SIGHUP)
+        assert optimd("status", "--server", address)[0] == 0
+        time.sleep(0.5)
+        assert process.poll() is None
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,8 @@ print("receipt", optimizer.last_receipt.step, optimizer.last_receipt.contributor
 
 def block(words: str) -> str:
     """The shell block that has these words."""
-    blocks = re.findall(r"^```\n(.*?)^```$", re.sub(r"^```python\n.*?^```$", "", README, flags=re.M | re.S), re.M | re.S)
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    blocks = [text for language, text in fence.findall(README) if not language]
     (found,) = (text for text in blocks if words in text)
     return str(found)
 
@@ -56,10 +56,10 @@ def address() -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     """Where the blocks are typed: it has the examples of a clone."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    yield tmp_path
+    return tmp_path
 
 
 def typed(script: str, address: str, folder: Path) -> str:

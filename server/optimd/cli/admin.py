@@ -120,6 +120,17 @@ class Admin:
             except grpc.RpcError as error:
                 raise CommandError(self._reason(error)) from error
 
+    def _answers(self) -> bool:
+        """Whether the server answers at all, in a second."""
+        with self._target.credentials.channel(self._address) as channel:
+            try:
+                AdminServiceStub(channel).GetStatus(
+                    admin_pb2.GetStatusRequest(), timeout=1.0, metadata=self._metadata()
+                )
+            except grpc.RpcError:
+                return False
+        return True
+
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return self._target.credentials.metadata()
 
@@ -128,6 +139,8 @@ class Admin:
             return str(error)
         # What a server of ours says has a reason beside it, whatever its status.
         says_why = any(key == ERROR_TRAILER for key, _ in error.trailing_metadata() or ())
+        if not says_why and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._answers():
+            return f"the server at {self._address} is there, and did not do that within {_TIMEOUT_S:g} s; try again"
         if not says_why and error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return self._target.credentials.problem(self._address) or (
                 f"no optimd server answers at {self._address}; start one with `optimd serve`, or name it with --server"

@@ -64,7 +64,9 @@ def show_job(job: _Job, *, target: Target, as_json: _Json = False) -> None:
             str(worker.pushes),
             str(worker.dropped),
             str(worker.lag),
-            f"{worker.silent_s:.1f} s ago" + ("" if worker.connected else ", line broken"),
+            "lost, awaited"
+            if worker.lost
+            else f"{worker.silent_s:.1f} s ago" + ("" if worker.connected else ", line broken"),
             megabytes(worker.bytes_received),
             megabytes(worker.bytes_sent),
         )
@@ -103,7 +105,8 @@ def evict_worker(
 ) -> None:
     """Take a worker out of a job at once, whatever it is doing: the others do not wait for it any more.
 
-    Its process is told so and cannot come back, as long as this server runs; another one can take its place. What it
+    Its optimizer is told so and cannot come back, as long as this server runs. A script that opens another one can: stop
+    it first where that is not wanted. What it
     has not pushed in full is in no step.
     """
     Admin(target).evict(job, worker)

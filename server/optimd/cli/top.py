@@ -99,7 +99,8 @@ def frame(address: str, before: Look, now: Look, *, height: int) -> RenderableTy
     """
     seconds = max(now.at_s - before.at_s, 1e-9)
     status = now.status
-    busy = (status.cpu_s - before.status.cpu_s) / seconds
+    # Another process may be there by now.
+    busy = max(0.0, status.cpu_s - before.status.cpu_s) / seconds
     head = (
         f"optimd {status.server_version} at {address}, {status.device}, "
         f"{'stopping' if status.draining else 'up'} {duration(status.uptime_s)}\n"
@@ -168,7 +169,7 @@ def _workers(before: Look, shown: admin_pb2.GetJobResponse, seconds: float, *, r
             str(worker.lag),
             str(worker.staleness),
             f"{min(1.0, (worker.waited_s - then.waited_s) / seconds):.0%}",
-            f"{worker.silent_s:.1f} s" if worker.connected else "[red]broken[/red]",
+            _heard(worker),
             _rate(worker.bytes_received, then.bytes_received, seconds),
             _rate(worker.bytes_sent, then.bytes_sent, seconds),
         )
@@ -176,6 +177,12 @@ def _workers(before: Look, shown: admin_pb2.GetJobResponse, seconds: float, *, r
     if len(shown.workers) > room:
         parts.append(Text(f"{len(shown.workers) - room} more"))
     return parts
+
+
+def _heard(worker: admin_pb2.WorkerStatus) -> str:
+    if worker.lost:
+        return "[red]lost[/red]"
+    return f"{worker.silent_s:.1f} s" if worker.connected else "[red]broken[/red]"
 
 
 def _rate(now: int, before: int, seconds: float) -> str:

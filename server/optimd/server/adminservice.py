@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,8 +13,9 @@ from typing import Final
 import grpc
 import torch
 
-from optimd.server import update
-from optimd.server.callers import secret_of
+from optimd.server import logcontext, update
+from optimd.server.aggregation import Worker
+from optimd.server.callers import describe, secret_of
 from optimd.server.job import Job
 from optimd.server.member import Member
 from optimd.server.opening import encode_aggregation, encode_apply
@@ -25,8 +27,11 @@ from optimd.v1.admin_service_pb2_grpc import AdminServiceServicer
 from optimd.wire.paging import paginate
 from optimd.wire.param_groups import encode_group
 
+_log = logging.getLogger(__name__)
+
 _MAX_PAGE: Final = 1000
 _MAX_GROUPS_SHOWN: Final = 100
+_EVICTION_TIMEOUT_S: Final = 60.0
 
 
 class AdminService(AdminServiceServicer):
@@ -49,8 +54,18 @@ class AdminService(AdminServiceServicer):
         """Tells from now on that the server is stopping."""
         self._draining.set()
 
-    def _admit(self, context: grpc.ServicerContext) -> None:
-        self._gate.admit(secret_of(context)).check_admin()
+    def _admit(self, context: grpc.ServicerContext, job: str | None = None) -> str:
+        """Who calls, for the log.
+
+        Raises:
+            UnauthenticatedError: nobody who may.
+            PermissionDeniedError: the token is not good for admin calls.
+        """
+        if job is not None:
+            logcontext.bind(job=job)
+        caller = self._gate.admit(secret_of(context))
+        caller.check_admin()
+        return f"token {caller.name}, {describe(context)}" if caller.name else describe(context)
 
     def ListJobs(  # noqa: N802  # the schema's name
         self, request: admin_pb2.ListJobsRequest, context: grpc.ServicerContext
@@ -69,7 +84,7 @@ class AdminService(AdminServiceServicer):
         self, request: admin_pb2.GetJobRequest, context: grpc.ServicerContext
     ) -> admin_pb2.GetJobResponse:
         """One job in detail."""
-        self._admit(context)
+        self._admit(context, request.job)
         job = self._registry.get(request.job)
         settings = job.settings
         groups = (encode_group(index, update.RULE, group) for index, group in enumerate(job.groups[:_MAX_GROUPS_SHOWN]))
@@ -80,7 +95,10 @@ class AdminService(AdminServiceServicer):
             apply=encode_apply(settings),
             bucket_bytes=settings.bucket_bytes,
             bucket_count=len(job.store.buckets),
-            workers=[_worker_status(job, member) for member in job.members()],
+            workers=[
+                *(_worker_status(job, member) for member in job.members()),
+                *(_absent_status(job, worker) for worker in job.awaited_absent()),
+            ],
             param_groups=shown,
         )
 
@@ -109,16 +127,21 @@ class AdminService(AdminServiceServicer):
         self, request: admin_pb2.EvictWorkerRequest, context: grpc.ServicerContext
     ) -> admin_pb2.EvictWorkerResponse:
         """Takes a worker out of a job."""
-        self._admit(context)
-        self._registry.evict(request.job, request.worker_id)
+        who = self._admit(context, request.job)
+        left_s = context.time_remaining()
+        # A little earlier: the caller hears why.
+        timeout_s = _EVICTION_TIMEOUT_S if left_s is None else min(_EVICTION_TIMEOUT_S, left_s * 0.8)
+        self._registry.evict(request.job, request.worker_id, timeout_s)
+        _log.info("job %s: worker %s was taken out by %s", request.job, request.worker_id, who)
         return admin_pb2.EvictWorkerResponse()
 
     def DeleteJob(  # noqa: N802  # the schema's name
         self, request: admin_pb2.DeleteJobRequest, context: grpc.ServicerContext
     ) -> admin_pb2.DeleteJobResponse:
         """Drops a job."""
-        self._admit(context)
+        who = self._admit(context, request.job)
         self._registry.delete(request.job, force=request.force)
+        _log.info("job %s: deleted by %s", request.job, who)
         return admin_pb2.DeleteJobResponse()
 
     def _summary(self, job: Job) -> admin_pb2.JobSummary:
@@ -153,8 +176,20 @@ def _worker_status(job: Job, member: Member) -> admin_pb2.WorkerStatus:
         silent_s=member.silent_s,
         dropped=record.dropped,
         lag=job.lag(member),
-        waited_s=member.waited_s,
+        waited_s=member.waits.total_s,
         staleness=record.receipt.staleness if record.receipt is not None else 0,
+    )
+
+
+def _absent_status(job: Job, worker: Worker) -> admin_pb2.WorkerStatus:
+    """Of one that is lost, and whose place is kept."""
+    record = job.record(worker.worker_id)
+    return admin_pb2.WorkerStatus(
+        worker=job_pb2.WorkerIdentity(worker_id=worker.worker_id, rank=worker.rank),
+        pushes=record.pushes,
+        dropped=record.dropped,
+        staleness=record.receipt.staleness if record.receipt is not None else 0,
+        lost=True,
     )
 
 

@@ -213,6 +213,10 @@ class SyncAggregator:
         """None: all of them are at the same step."""
         return 0
 
+    def lag_seen(self, _worker: Worker) -> int:
+        """None, either."""
+        return 0
+
     def is_waiting(self, _worker: Worker) -> bool:
         """Never: it is its push that waits, in the step."""
         return False

@@ -14,11 +14,13 @@ import grpc
 import torch
 
 from optimd.server.adminservice import AdminService
+from optimd.server.admission import Admission
 from optimd.server.config import ServerConfig
 from optimd.server.datadir import DataDir
 from optimd.server.errors import ConfigurationError
 from optimd.server.files import Files
 from optimd.server.interceptor import ErrorTranslation
+from optimd.server.patience import Patience
 from optimd.server.registry import JobRegistry
 from optimd.server.services import Limits, OptimizerService
 from optimd.server.storage import Storage, StorageSettings
@@ -96,12 +98,14 @@ class Server:
             storage=self._storage,
         )
         self._keeper = TimeKeeper(self.registry, period_s=min(_TICK_S, config.lease_s / 4))
-        self._service = OptimizerService(self.registry, limits, self._gate)
+        threads = 3 * config.max_workers + RESERVED_THREADS
+        self._patience = Patience()
+        self._service = OptimizerService(self.registry, limits, self._gate, self._patience)
         self._translation = ErrorTranslation()
         self._server = grpc.server(
             # A stream holds its thread; its worker may read state and watch steps besides.
-            ThreadPoolExecutor(3 * config.max_workers + RESERVED_THREADS, thread_name_prefix="optimd"),
-            interceptors=[self._translation],
+            ThreadPoolExecutor(threads, thread_name_prefix="optimd"),
+            interceptors=[self._translation, Admission(self._gate, self._patience, threads)],
             # A peer on this machine that is gone is seen to be; one that is stopped may rest for as long as it likes.
             options=(
                 *_CHANNEL_OPTIONS,
@@ -154,6 +158,7 @@ class Server:
             self.metrics_address = self._metrics.address
         self.registry.begin()
         self._keeper.start()
+        self._patience.start()
         before = set(threading.enumerate())
         self._server.start()
         self._grpc_threads = [thread for thread in threading.enumerate() if thread not in before]
@@ -180,6 +185,7 @@ class Server:
                 _log.warning("job %s: stopped in the middle of step %d", job.name, job.step + 1)
         self._keeper.stop()
         self._server.stop(grace=0.2).wait()
+        self._patience.stop()
         # gRPC's own threads are daemons: one that is still on its way out when the interpreter ends is torn down inside
         # C++ code, and the process aborts instead of exiting with 0.
         for thread in self._grpc_threads:

@@ -92,9 +92,10 @@ class JobBuffers:
         self._newcomers = 0
 
     @property
-    def nbytes_locked(self) -> int:
-        """What they take, the copy that is received while the one before it is held included."""
-        return self._bringing_bytes + (2 * self._values.nbytes if self._values is not None else 0)
+    def nbytes(self) -> int:
+        """What they take, the copy that is received while the one before it is held included. Needs no lock."""
+        values = self._values
+        return self._bringing_bytes + (2 * values.nbytes if values is not None else 0)
 
     def values(self) -> BufferValues | None:
         """The values, for reading alone; None where no worker has attached any."""

@@ -13,10 +13,21 @@ _SCHEME: Final = "bearer "
 
 def secret_of(context: grpc.ServicerContext) -> str | None:
     """The secret that a call brings in `authorization: Bearer ...`; None where it brings none."""
-    for key, value in context.invocation_metadata() or ():
+    return secret_in(context.invocation_metadata())
+
+
+def secret_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """The same, of what has come with a call."""
+    for key, value in metadata or ():
         if key == AUTHORIZATION and isinstance(value, str) and value[: len(_SCHEME)].lower() == _SCHEME:
             return value[len(_SCHEME) :].strip()
     return None
+
+
+def describe(context: grpc.ServicerContext) -> str:
+    """Where a call comes from, for the log: its peer's address, and whose certificate it shows."""
+    name = certificate_name(context)
+    return f"{context.peer()}, certificate {name}" if name else context.peer()
 
 
 def certificate_name(context: grpc.ServicerContext) -> str:

@@ -94,12 +94,19 @@ class Company:
         """What the job remembers, by worker_id. The job's own dict."""
         return self._records
 
-    def answer(self, worker: Worker, receipt: Receipt) -> None:
-        """A worker's push is over: the next one is due."""
+    def answer(self, worker: Worker, receipt: Receipt, *, replayed: bool = False) -> None:
+        """A worker's push is over: the next one is due.
+
+        Args:
+            worker: The worker.
+            receipt: What became of the push.
+            replayed: Whether that was before the server was started, which counts what it does itself.
+        """
         record = self.record(worker.worker_id)
         record.next_sequence = receipt.sequence + 1
         record.receipt = receipt
-        self._measures.answered(receipt)
+        if not replayed:
+            self._measures.answered(receipt)
         member = self.members.get(worker)
         if member is not None:
             member.held.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import threading
@@ -12,6 +13,7 @@ from typing import Any, Final, NoReturn
 import grpc
 
 from optimd.server import logcontext
+from optimd.server.callers import describe
 from optimd.server.errors import RequestError
 from optimd.v1 import errors_pb2
 from optimd.wire.reasons import ERROR_TRAILER, STATUS_OF_REASON, encode_reason
@@ -21,6 +23,12 @@ _log = logging.getLogger(__name__)
 _OURS: Final = "/optimd."
 # Trailing metadata carries a message twice, and gRPC's limit on it is 8 KiB.
 _MAX_TEXT: Final = 1024
+
+
+def translated(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks what raises `RequestError`s though it is no method of ours."""
+    behaviour.is_translated = True  # type: ignore[attr-defined]
+    return behaviour
 
 
 class ErrorTranslation(grpc.ServerInterceptor):
@@ -48,21 +56,17 @@ class ErrorTranslation(grpc.ServerInterceptor):
         """Wraps the behaviour of the called method."""
         handler = continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(_OURS):
-            # Health and reflection handle their own errors, and how they are to be scheduled is written on the handler.
+        # `Admission` has made all of them take streams.
+        behaviour = None if handler is None else handler.stream_unary or handler.stream_stream
+        if handler is None or behaviour is None:
+            return handler
+        if not method.startswith(_OURS) and not getattr(behaviour, "is_translated", False):
+            # Reflection handles its own errors.
             return handler
         forms = (handler.request_deserializer, handler.response_serializer)
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(_guard(method, handler.unary_unary, self._count), *forms)
-        if handler.unary_stream is not None:
-            guarded = _guard_stream(method, handler.unary_stream, self._count)
-            return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(method, handler.unary_stream, self._count), *forms
-            )
-        if handler.stream_stream is not None:
-            guarded = _guard_stream(method, handler.stream_stream, self._count)
-            return grpc.stream_stream_rpc_method_handler(guarded, *forms)
-        return handler
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(_guard(method, behaviour, self._count), *forms)
+        return grpc.stream_stream_rpc_method_handler(_guard_stream(method, behaviour, self._count), *forms)
 
     def _count(self, reason: str) -> None:
         with self._lock:
@@ -70,6 +74,8 @@ class ErrorTranslation(grpc.ServerInterceptor):
 
 
 def _guard(method: str, behaviour: Callable[..., Any], count: Callable[[str], None]) -> Callable[..., Any]:
+    # With what is written on the handler: which threads it is for.
+    @functools.wraps(behaviour)
     def guarded(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return behaviour(request, context)
@@ -85,6 +91,7 @@ def _guard(method: str, behaviour: Callable[..., Any], count: Callable[[str], No
 def _guard_stream(
     method: str, behaviour: Callable[..., Iterator[Any]], count: Callable[[str], None]
 ) -> Callable[..., Iterator[Any]]:
+    @functools.wraps(behaviour)
     def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from behaviour(request, context)
@@ -107,7 +114,7 @@ def _abort(method: str, context: grpc.ServicerContext, error: Exception, count: 
             reason=encode_reason(error.reason), message=_shortened(error.message), field=_shortened(error.field)
         )
         status = STATUS_OF_REASON[error.reason]
-        _log.info("%s: %s: %s", method, error.reason, error.message)
+        _log.info("%s: %s: %s (%s)", method, error.reason, error.message, describe(context))
     else:
         incident = secrets.token_hex(4)
         detail = errors_pb2.ErrorDetail(

@@ -24,7 +24,7 @@ from optimd.server.bringing import Bringing
 from optimd.server.buffers import JobBuffers
 from optimd.server.company import Company, JobPhase
 from optimd.server.content import JobContent
-from optimd.server.errors import LimitExceededError, UnknownWorkerError
+from optimd.server.errors import LimitExceededError, StepTimeoutError, UnknownWorkerError
 from optimd.server.journal import JobJournal
 from optimd.server.measures import JobMeasures
 from optimd.server.member import Former, Member, Standing, WorkerRecord
@@ -182,19 +182,20 @@ class Job:
         return self._company.membership.lease_s
 
     def members(self) -> list[Member]:
-        """The workers that are in the job, in order of rank."""
-        with self._changed:
-            return [self._company.members[worker] for worker in sorted(self._company.members)]
+        """The workers that are in the job, in order of rank. Does not wait, not even for the lock."""
+        return [member for _, member in sorted(self._company.members.items(), key=lambda each: each[0])]
+
+    def awaited_absent(self) -> list[Worker]:
+        """The workers that were lost and whose places are kept, in order of rank. Does not wait, either."""
+        return sorted(self._aggregator.absent)
 
     def lag(self, member: Member) -> int:
-        """How many pushes a member is ahead of the slowest, in an asynchronous job."""
-        with self._changed:
-            return self._aggregator.lag(member.worker)
+        """How many pushes a member is ahead of the slowest, in an asynchronous job. Does not wait, either."""
+        return self._aggregator.lag_seen(member.worker)
 
     def record(self, worker_id: str) -> WorkerRecord:
-        """What the job remembers of a worker_id."""
-        with self._changed:
-            return self._company.record(worker_id)
+        """What the job remembers of a worker_id. Does not wait for the lock."""
+        return self._company.record(worker_id)
 
     def is_behind(self, worker_id: str, incarnation: int, *, step: int, next_sequence: int) -> bool:
         """Whether the job is not as far as a worker has been told: its server came back with less than it had.
@@ -350,21 +351,37 @@ class Job:
                 self._remove_locked(member.worker)
             self._changed.notify_all()
 
-    def evict(self, worker_id: str) -> None:
-        """Takes a worker out for good, with its place, whatever it is doing. Waits for readers.
+    def evict(self, worker_id: str, timeout_s: float = threading.TIMEOUT_MAX) -> None:
+        """Takes a worker out, with its place, whatever it is doing. Waits for readers.
 
-        Its process cannot come back while this server runs; another one can take its `worker_id`.
+        One that was lost and is awaited (`on_loss="wait"`) is awaited no more. The optimizer that was in the job cannot
+        come back while this server runs; another one, of whatever process, can take its `worker_id`.
+
+        Args:
+            worker_id: The worker's.
+            timeout_s: How long to wait for the job, in seconds. It has nothing to say while it waits for a full disk.
 
         Raises:
             UnknownWorkerError: there is none of that `worker_id`.
+            StepTimeoutError: the job was busy for that long. Nothing has been done.
         """
-        with self._changed:
+        if not self._changed.acquire(timeout=timeout_s):
+            reason = self.journal.trouble or f"it has been for {timeout_s:.0f} s"
+            raise StepTimeoutError(f"job {self.name!r} is busy, and the worker is still in it: {reason}")
+        try:
             worker = next((each for each in self._company.members if each.worker_id == worker_id), None)
+            if worker is not None:
+                self._company.record(worker_id).evicted = self._company.members[worker].incarnation
+                _log.warning("job %s: rank %d (%s) was taken out by an operator", self.name, worker.rank, worker_id)
+                self._remove_locked(worker, evicted=True, ends_stream=True)
+                return
+            worker = next((each for each in self._aggregator.absent if each.worker_id == worker_id), None)
             if worker is None:
                 raise UnknownWorkerError(f"job {self.name!r} has no worker {worker_id!r}")
-            _log.warning("job %s: rank %d (%s) was taken out by an operator", self.name, worker.rank, worker_id)
-            self._company.record(worker_id).evicted = self._company.members[worker].incarnation
-            self._remove_locked(worker, evicted=True, ends_stream=True)
+            _log.warning("job %s: rank %d (%s) is awaited no more, says an operator", self.name, worker.rank, worker_id)
+            self._give_place_up_locked(worker)
+        finally:
+            self._changed.release()
 
     def is_due(self, now: float) -> bool:
         """Whether `tick` may have something to do. Does not wait, not even for the lock."""
@@ -433,7 +450,7 @@ class Job:
     def full_bytes(self) -> int:
         """What values and state take once every parameter has had an update, and what the buffers take."""
         with self._changed:
-            return self._content.full_bytes + self.buffers.nbytes_locked
+            return self._content.full_bytes + self.buffers.nbytes
 
     @property
     def kept_bytes(self) -> int:
@@ -447,9 +464,8 @@ class Job:
 
     @property
     def buffers_bytes(self) -> int:
-        """What the buffers take."""
-        with self._changed:
-            return self.buffers.nbytes_locked
+        """What the buffers take. Does not wait for the lock."""
+        return self.buffers.nbytes
 
     @property
     def bytes_left(self) -> int:
@@ -626,6 +642,23 @@ class Job:
                 member.cancel()
             self._changed.notify_all()
 
+    def _give_place_up_locked(self, worker: Worker) -> None:
+        """Nobody waits any more for a worker that was lost. Waits for readers: gives up the lock."""
+        self._readers.wait()
+        if worker not in self._aggregator.absent:
+            # It came back, or its place was taken.
+            return
+        record = self._company.record(worker.worker_id)
+        if record.former is not None:
+            record.evicted, record.former = record.former.incarnation, None
+        self.pushing.forget_content_locked(worker)
+        try:
+            self._settle_loss_locked(self._aggregator.leave(worker), worker)
+            self.journal.worker_left(worker, place_kept=False)
+        finally:
+            self.pushing.forget_worker_locked(worker)
+            self._changed.notify_all()
+
     def _settle_loss_locked(self, decisions: Sequence[Decision], worker: Worker | None) -> None:
         try:
             self.pushing.settle_locked(decisions, worker)
@@ -639,7 +672,7 @@ class Job:
         return (sequence, 0, False) if member is None else (sequence, member.staleness, member.speaks)
 
     def _check_room_locked(self, nbytes: int, what: str) -> None:
-        taken = self._content.full_bytes + self.buffers.nbytes_locked
+        taken = self._content.full_bytes + self.buffers.nbytes
         taken += sum(member.reserved_bytes + member.held_bytes for member in self._company.members.values())
         if taken + nbytes > self._max_bytes:
             raise LimitExceededError(

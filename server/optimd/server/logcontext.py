@@ -10,12 +10,15 @@ from typing import Any
 _here = threading.local()
 
 
-def bind(*, job: str, step: Callable[[], int], worker: str | None = None, rank: int | None = None) -> None:
+def bind(
+    *, job: str, step: Callable[[], int] | None = None, worker: str | None = None, rank: int | None = None
+) -> None:
     """What this thread does from now on is about a job, and about a worker if one is given.
 
     Args:
         job: The job's name.
-        step: Gives how many steps it has committed, whenever something is written.
+        step: Gives how many steps it has committed, whenever something is written; None where it is not known yet
+            whether there is such a job.
         worker: The worker's `worker_id`.
         rank: Its rank.
     """
@@ -26,6 +29,8 @@ def bind(*, job: str, step: Callable[[], int], worker: str | None = None, rank: 
 def clear() -> None:
     """It is about nothing in particular any more."""
     _here.fields = {}
+    # What gives the step has the job, and a thread of a pool lives longer than most of those.
+    _here.step = None
 
 
 @contextmanager
@@ -44,4 +49,4 @@ def fields() -> dict[str, Any]:
     if not bound:
         return {}
     told = {name: value for name, value in bound.items() if value is not None}
-    return {**told, "step": _here.step()}
+    return told if _here.step is None else {**told, "step": _here.step()}

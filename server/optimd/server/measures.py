@@ -59,6 +59,29 @@ class Histogram:
             return list(self._counts), self._sum
 
 
+class Waits:
+    """How long a worker has waited, one wait after another. They begin and end with its job's lock held."""
+
+    def __init__(self) -> None:
+        # The sum of those that are over, and when the present one began: replaced at once, for who has not the lock.
+        self._state: tuple[float, float | None] = (0.0, None)
+
+    @property
+    def total_s(self) -> float:
+        """So far, in seconds, the present wait included. May be read without the lock."""
+        over_s, began = self._state
+        return over_s if began is None else over_s + time.perf_counter() - began
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """It waits for as long as the block takes."""
+        self._state = (self._state[0], time.perf_counter())
+        try:
+            yield
+        finally:
+            self._state = (self.total_s, None)
+
+
 class JobMeasures:
     """What is counted of one job since it is here. Thread-safe, where nothing else is said."""
 

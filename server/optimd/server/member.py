@@ -11,6 +11,7 @@ import torch
 
 from optimd.server.accumulator import GradientAccumulator
 from optimd.server.aggregation import Worker
+from optimd.server.measures import Waits
 from optimd.server.membership import Place
 from optimd.server.receipts import Receipt
 from optimd.server.sight import Sight
@@ -37,7 +38,8 @@ class HeldGradients:
     @property
     def nbytes(self) -> int:
         """What the sums take."""
-        return sum(held.nbytes for held in self._sums.values())
+        # Whoever reads the metrics has not the lock.
+        return sum(held.nbytes for held in tuple(self._sums.values()))
 
     @property
     def has_given(self) -> bool:
@@ -185,7 +187,7 @@ class Member:
     """What the gradients of its open push were multiplied by."""
     staleness: int = 0
     """That of its open push, so far."""
-    waited_s: float = 0.0
+    waits: Waits = field(default_factory=Waits)
     """How long it has waited, with a push of its own complete, for others and for what they made it wait for."""
     own_steps: int = 0
     """How many steps it has contributed to since it came."""

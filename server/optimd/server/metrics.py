@@ -172,12 +172,13 @@ def _workers(jobs: Sequence[Job]) -> Iterator[Metric]:
         connected = sum(member.alive for member in members)
         workers.add_metric((job.name, "connected"), connected)
         workers.add_metric((job.name, "broken"), len(members) - connected)
+        workers.add_metric((job.name, "lost"), len(job.awaited_absent()))
         lease.add_metric((job.name,), job.lease_s)
         for member in members:
             label = (job.name, member.worker.worker_id, str(member.worker.rank))
             lag.add_metric(label, job.lag(member))
             silent.add_metric(label, member.silent_s)
-            waited.add_metric(label, member.waited_s)
+            waited.add_metric(label, member.waits.total_s)
     yield from (workers, lag, silent, lease, waited)
 
 

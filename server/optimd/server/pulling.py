@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -220,11 +219,8 @@ class Pulling:
 
     def _wait_locked(self, member: Member, condition: Callable[[], bool]) -> None:
         """Waits as `Company.wait`, for as long as it takes, and counts that as the worker's waiting."""
-        began = time.perf_counter()
-        try:
+        with member.waits.one():
             self._job.company.wait(member, condition, None)
-        finally:
-            member.waited_s += time.perf_counter() - began
 
     def confirm(self, member: Member) -> None:
         """A worker has gone on: it has all that it has been sent."""

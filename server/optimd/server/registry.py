@@ -213,16 +213,17 @@ class JobRegistry:
         self._end(job)
         _log.info("job %s: deleted at step %d", name, job.step)
 
-    def evict(self, name: str, worker_id: str) -> None:
+    def evict(self, name: str, worker_id: str, timeout_s: float) -> None:
         """Takes a worker out of a job, as `Job.evict` says. Drops the job as `leave` does.
 
         Raises:
             UnknownJobError: there is none of that name.
             UnknownWorkerError: it has no such worker.
+            StepTimeoutError: the job was busy for `timeout_s`.
         """
         job = self.get(name)
         try:
-            job.evict(worker_id)
+            job.evict(worker_id, timeout_s)
         finally:
             self._drop_if_over(job)
 

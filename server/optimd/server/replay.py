@@ -423,7 +423,7 @@ class Replay:
         self._forget_held([worker])
         if not self._is_old and worker is not None:
             self._parts.company.record(worker.worker_id).dropped += 1
-            self._parts.company.answer(worker, decode_receipt(message.receipt))
+            self._parts.company.answer(worker, decode_receipt(message.receipt), replayed=True)
 
     # --- what is held
 
@@ -481,7 +481,7 @@ class Replay:
         self, worker: Worker, part: journal_pb2.Contribution, step: int, outcome: Outcome, told: dict[str, Any]
     ) -> None:
         receipt = Receipt(sequence=part.sequence, step=step, outcome=outcome, staleness=part.staleness, **told)
-        self._parts.company.answer(worker, receipt)
+        self._parts.company.answer(worker, receipt, replayed=True)
 
     def _member(self, number: int) -> Member | None:
         worker = self._workers.get(number)

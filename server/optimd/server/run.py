@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 def run(config: ServerConfig, *, on_ready: Callable[[Server], None], lifeline: int | None = None) -> None:
     """Serves until SIGTERM, SIGINT or the end of the lifeline. Blocks; only in the main thread.
 
-    A second signal stops at once, without waiting for open steps. SIGHUP has the tokens read again, if there are any.
+    A second signal stops at once, without waiting for open steps. SIGHUP has the tokens read again.
 
     Args:
         config: The server's settings.
@@ -45,9 +45,8 @@ def run(config: ServerConfig, *, on_ready: Callable[[Server], None], lifeline: i
     server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    if config.tokens:
-        # What is to be done is done below: the number of every signal that has a handler comes through the pipe.
-        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+    # What is to be done is done below: the number of every signal that has a handler comes through the pipe.
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
     signal.set_wakeup_fd(waker)
     if lifeline is not None:
         threading.Thread(target=_watch, args=(lifeline, waker), name="optimd-lifeline", daemon=True).start()

@@ -10,9 +10,10 @@ from importlib.metadata import version
 import grpc
 import torch
 
-from optimd.server import update
+from optimd.server import logcontext, update
 from optimd.server.callers import certificate_name, secret_of
 from optimd.server.errors import InvalidFieldError, LimitExceededError, ShuttingDownError
+from optimd.server.patience import Patience
 from optimd.server.readers import ReadHold
 from optimd.server.reading import read_state
 from optimd.server.registry import JobRegistry
@@ -49,12 +50,14 @@ class OptimizerService:
         registry: The server's jobs.
         limits: What the server takes.
         gate: Who may call.
+        patience: Ends calls that say nothing.
     """
 
-    def __init__(self, registry: JobRegistry, limits: Limits, gate: Gate) -> None:
+    def __init__(self, registry: JobRegistry, limits: Limits, gate: Gate, patience: Patience) -> None:
         self._registry = registry
         self._limits = limits
         self._gate = gate
+        self._patience = patience
         self._streams = threading.BoundedSemaphore(limits.max_workers)
         self._reads = threading.BoundedSemaphore(limits.max_workers)
         self._watchers = threading.BoundedSemaphore(limits.max_workers)
@@ -128,6 +131,18 @@ class OptimizerService:
         """
         return self._gate.admit(secret_of(context))
 
+    def _admit_to(self, job: str, context: grpc.ServicerContext) -> Caller:
+        """Who calls, about a job.
+
+        Raises:
+            UnauthenticatedError: nobody who may.
+            PermissionDeniedError: the token is not good for the job.
+        """
+        logcontext.bind(job=job)
+        caller = self._admit(context)
+        caller.check_job(job)
+        return caller
+
     def _not_shared_because(self, offer: job_pb2.SharedMemory) -> str:
         """Why a worker's memory is not shared; empty where it is."""
         if not self._limits.shares_memory:
@@ -146,7 +161,7 @@ class OptimizerService:
         Raises:
             PermissionDeniedError: the token is not good for the job. So does every method below.
         """
-        self._admit(context).check_job(request.job)
+        self._admit_to(request.job, context)
         in_job = self._registry.hear(request.job, request.worker_id, request.incarnation)
         return reading_pb2.HeartbeatResponse(in_job=in_job)
 
@@ -176,18 +191,16 @@ class OptimizerService:
         )
         leave = self._gate.stay(caller, context.cancel)
         # A stream that says nothing would hold its place for ever.
-        impatience = threading.Timer(_OPENING_TIMEOUT_S, context.cancel)
-        impatience.daemon = True
+        opened = self._patience.hold(_OPENING_TIMEOUT_S, context.cancel)
 
         def on_end() -> None:
-            impatience.cancel()
+            opened()
             leave()
             self._streams.release()
             session.end()
 
         if _at_the_end(context, on_end):
-            impatience.start()
-            yield from session.responses(on_opened=impatience.cancel)
+            yield from session.responses(on_opened=opened)
 
     def read_state(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Values and state of a job.
@@ -201,8 +214,7 @@ class OptimizerService:
             message, _ = decode(reading_pb2.ReadStateRequest, request)
         except MalformedMessageError as error:
             raise InvalidFieldError("ReadStateRequest", str(error)) from error
-        caller = self._admit(context)
-        caller.check_job(message.job)
+        caller = self._admit_to(message.job, context)
         if not self._reads.acquire(blocking=False):
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"
@@ -227,8 +239,7 @@ class OptimizerService:
             UnknownJobError: there is no job of that name.
             JobDeletedError: the job went away.
         """
-        caller = self._admit(context)
-        caller.check_job(request.job)
+        caller = self._admit_to(request.job, context)
         if self._draining.is_set():
             raise ShuttingDownError("the server is shutting down")
         if not self._watchers.acquire(blocking=False):
@@ -254,7 +265,7 @@ class OptimizerService:
             LimitExceededError: there are too many reads already.
             RequestError: what `JobRegistry.snapshot` raises.
         """
-        self._admit(context).check_job(request.job)
+        self._admit_to(request.job, context)
         if not self._reads.acquire(blocking=False):
             raise LimitExceededError(
                 f"this server serves {self._limits.max_workers} reads at once and is busy (--max-workers)"

@@ -226,6 +226,7 @@ class TrainSession:
         if returns:
             # Good where the job does not know better.
             member.groups = layout.groups
+        logcontext.bind(job=opening.job, worker=opening.worker_id, rank=opening.rank)
         entry = self._registry.enter(opening, layout, member, on_job=self._attach)
         job = entry.job
         logcontext.bind(job=job.name, step=lambda: job.step, worker=member.worker.worker_id, rank=member.worker.rank)

@@ -76,6 +76,11 @@ class AsyncAggregator:
         """Whether pushes may begin: whoever is there may."""
         return bool(self._clocks)
 
+    @property
+    def absent(self) -> frozenset[Worker]:
+        """None: no place is kept."""
+        return frozenset()
+
     def has_begun(self, worker: Worker) -> bool:
         """Whether a worker's push is under way."""
         return worker in self._open
@@ -110,6 +115,12 @@ class AsyncAggregator:
     def lag(self, worker: Worker) -> int:
         """How far a worker's clock is ahead of the slowest one's that is waited for."""
         return max(0, self._clocks[worker] - self._slowest()) if worker in self._clocks else 0
+
+    def lag_seen(self, worker: Worker) -> int:
+        """`lag` as another thread may read it while this one changes: of clocks that are copied at once."""
+        clocks, left_behind = dict(self._clocks), frozenset(self._left_behind)
+        slowest = min((clock for other, clock in clocks.items() if other not in left_behind), default=0)
+        return max(0, clocks[worker] - max(self._floor, slowest)) if worker in clocks else 0
 
     def will_be_released(self, worker: Worker) -> bool:
         """Whether a worker would not have to wait if its push were complete now."""

@@ -10,7 +10,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from optimd.server.callers import secret_of
-from optimd.server.errors import RequestError, UnknownJobError
 from optimd.server.registry import JobRegistry
 from optimd.server.tokens import Gate
 from optimd.v1 import admin_service_pb2, optimizer_service_pb2
@@ -52,18 +51,19 @@ class Health(health.HealthServicer):  # type: ignore[misc]  # has no types
     def Check(  # noqa: N802  # the schema's name
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
-        """How something is now; NOT_FOUND where there is none of that name."""
+        """How something is now; NOT_FOUND where there is none of that name.
+
+        Raises:
+            UnauthenticatedError: a job is asked for, and no token was brought that is known.
+            PermissionDeniedError: the token is not good for the job.
+            UnknownJobError: there is none of that name.
+        """
         if not request.service.startswith(JOB_PREFIX):
             answer: health_pb2.HealthCheckResponse = super().Check(request, context)
             return answer
         name = request.service.removeprefix(JOB_PREFIX)
-        try:
-            self._gate.admit(secret_of(context)).check_job(name)
-            job = self._registry.get(name)
-        except UnknownJobError as error:
-            context.abort(grpc.StatusCode.NOT_FOUND, error.message)
-        except RequestError as error:
-            context.abort(getattr(grpc.StatusCode, error.reason), error.message)
+        self._gate.admit(secret_of(context)).check_job(name)
+        job = self._registry.get(name)
         healthy = not job.journal.trouble and not job.journal.has_failed
         return health_pb2.HealthCheckResponse(
             status=health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING

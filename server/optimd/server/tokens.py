@@ -98,7 +98,7 @@ def read_tokens(path: Path) -> list[Token]:
         raise ConfigurationError(
             f"cannot read the tokens in {path}: {(error.strerror or str(error)).lower()}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         # What stands around the place might be a secret.
         raise ConfigurationError(f"{path} is not TOML: {str(error).partition(chr(10))[0]}") from None
     tables = content.pop("token", None)
@@ -216,6 +216,9 @@ class Gate:
         One that cannot be used is told of in the log, and the tokens stay as they were.
         """
         if self._path is None:
+            _log.info(
+                "asked to read the tokens again, and there is no file of them; certificates are read by themselves"
+            )
             return
         try:
             tokens = read_tokens(self._path)

@@ -26,7 +26,7 @@ from optimd.v1 import job_pb2 as optimd_dot_v1_dot_job__pb2
 from optimd.v1 import param_group_pb2 as optimd_dot_v1_dot_param__group__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15optimd/v1/admin.proto\x12\toptimd.v1\x1a\x13optimd/v1/job.proto\x1a\x1boptimd/v1/param_group.proto\"\xdd\x01\n\x0cWorkerStatus\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.optimd.v1.WorkerIdentity\x12\x0e\n\x06pushes\x18\x02 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x03 \x01(\x04\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\x10\n\x08silent_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12\x0b\n\x03lag\x18\x08 \x01(\r\x12\x10\n\x08waited_s\x18\t \x01(\x01\x12\x11\n\tstaleness\x18\n \x01(\x04\"\xfa\x01\n\nJobSummary\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cworker_count\x18\x03 \x01(\r\x12\x17\n\x0fparameter_count\x18\x04 \x01(\r\x12\x15\n\relement_count\x18\x05 \x01(\x04\x12\x13\n\x0bvalue_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07private\x18\t \x01(\x08\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x14\n\x0creplay_bytes\x18\x0c \x01(\x04\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x10ListJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.optimd.v1.JobSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1c\n\rGetJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"\x8d\x02\n\x0eGetJobResponse\x12&\n\x07summary\x18\x01 \x01(\x0b\x32\x15.optimd.v1.JobSummary\x12+\n\x0b\x61ggregation\x18\x02 \x01(\x0b\x32\x16.optimd.v1.Aggregation\x12#\n\x05\x61pply\x18\x03 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x14\n\x0c\x62ucket_bytes\x18\x04 \x01(\r\x12\x14\n\x0c\x62ucket_count\x18\x05 \x01(\r\x12(\n\x07workers\x18\x06 \x03(\x0b\x32\x17.optimd.v1.WorkerStatus\x12+\n\x0cparam_groups\x18\x07 \x03(\x0b\x32\x15.optimd.v1.ParamGroup\".\n\x10\x44\x65leteJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x13\n\x11\x44\x65leteJobResponse\"4\n\x12\x45victWorkerRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\"\x15\n\x13\x45victWorkerResponse\"\x12\n\x10GetStatusRequest\"\x81\x02\n\x11GetStatusResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x11\n\tjob_count\x18\x05 \x01(\r\x12\x14\n\x0cworker_count\x18\x06 \x01(\r\x12\x13\n\x0bmax_workers\x18\x07 \x01(\r\x12\x10\n\x08max_jobs\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\r\n\x05\x63pu_s\x18\n \x01(\x01\x12\x12\n\nkeeps_jobs\x18\x0b \x01(\x08\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15optimd/v1/admin.proto\x12\toptimd.v1\x1a\x13optimd/v1/job.proto\x1a\x1boptimd/v1/param_group.proto\"\xeb\x01\n\x0cWorkerStatus\x12)\n\x06worker\x18\x01 \x01(\x0b\x32\x19.optimd.v1.WorkerIdentity\x12\x0e\n\x06pushes\x18\x02 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x03 \x01(\x04\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\x10\n\x08silent_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12\x0b\n\x03lag\x18\x08 \x01(\r\x12\x10\n\x08waited_s\x18\t \x01(\x01\x12\x11\n\tstaleness\x18\n \x01(\x04\x12\x0c\n\x04lost\x18\x0b \x01(\x08\"\xfa\x01\n\nJobSummary\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cworker_count\x18\x03 \x01(\r\x12\x17\n\x0fparameter_count\x18\x04 \x01(\r\x12\x15\n\relement_count\x18\x05 \x01(\x04\x12\x13\n\x0bvalue_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07private\x18\t \x01(\x08\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x14\n\x0creplay_bytes\x18\x0c \x01(\x04\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x10ListJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.optimd.v1.JobSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1c\n\rGetJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"\x8d\x02\n\x0eGetJobResponse\x12&\n\x07summary\x18\x01 \x01(\x0b\x32\x15.optimd.v1.JobSummary\x12+\n\x0b\x61ggregation\x18\x02 \x01(\x0b\x32\x16.optimd.v1.Aggregation\x12#\n\x05\x61pply\x18\x03 \x01(\x0e\x32\x14.optimd.v1.ApplyMode\x12\x14\n\x0c\x62ucket_bytes\x18\x04 \x01(\r\x12\x14\n\x0c\x62ucket_count\x18\x05 \x01(\r\x12(\n\x07workers\x18\x06 \x03(\x0b\x32\x17.optimd.v1.WorkerStatus\x12+\n\x0cparam_groups\x18\x07 \x03(\x0b\x32\x15.optimd.v1.ParamGroup\".\n\x10\x44\x65leteJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x13\n\x11\x44\x65leteJobResponse\"4\n\x12\x45victWorkerRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\"\x15\n\x13\x45victWorkerResponse\"\x12\n\x10GetStatusRequest\"\x81\x02\n\x11GetStatusResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x15\n\rtorch_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x11\n\tjob_count\x18\x05 \x01(\r\x12\x14\n\x0cworker_count\x18\x06 \x01(\r\x12\x13\n\x0bmax_workers\x18\x07 \x01(\r\x12\x10\n\x08max_jobs\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\r\n\x05\x63pu_s\x18\n \x01(\x01\x12\x12\n\nkeeps_jobs\x18\x0b \x01(\x08\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optimd.v1.admin_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERSTATUS']._serialized_start=87
-  _globals['_WORKERSTATUS']._serialized_end=308
-  _globals['_JOBSUMMARY']._serialized_start=311
-  _globals['_JOBSUMMARY']._serialized_end=561
-  _globals['_LISTJOBSREQUEST']._serialized_start=563
-  _globals['_LISTJOBSREQUEST']._serialized_end=619
-  _globals['_LISTJOBSRESPONSE']._serialized_start=621
-  _globals['_LISTJOBSRESPONSE']._serialized_end=701
-  _globals['_GETJOBREQUEST']._serialized_start=703
-  _globals['_GETJOBREQUEST']._serialized_end=731
-  _globals['_GETJOBRESPONSE']._serialized_start=734
-  _globals['_GETJOBRESPONSE']._serialized_end=1003
-  _globals['_DELETEJOBREQUEST']._serialized_start=1005
-  _globals['_DELETEJOBREQUEST']._serialized_end=1051
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1053
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1072
-  _globals['_EVICTWORKERREQUEST']._serialized_start=1074
-  _globals['_EVICTWORKERREQUEST']._serialized_end=1126
-  _globals['_EVICTWORKERRESPONSE']._serialized_start=1128
-  _globals['_EVICTWORKERRESPONSE']._serialized_end=1149
-  _globals['_GETSTATUSREQUEST']._serialized_start=1151
-  _globals['_GETSTATUSREQUEST']._serialized_end=1169
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1172
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1429
+  _globals['_WORKERSTATUS']._serialized_end=322
+  _globals['_JOBSUMMARY']._serialized_start=325
+  _globals['_JOBSUMMARY']._serialized_end=575
+  _globals['_LISTJOBSREQUEST']._serialized_start=577
+  _globals['_LISTJOBSREQUEST']._serialized_end=633
+  _globals['_LISTJOBSRESPONSE']._serialized_start=635
+  _globals['_LISTJOBSRESPONSE']._serialized_end=715
+  _globals['_GETJOBREQUEST']._serialized_start=717
+  _globals['_GETJOBREQUEST']._serialized_end=745
+  _globals['_GETJOBRESPONSE']._serialized_start=748
+  _globals['_GETJOBRESPONSE']._serialized_end=1017
+  _globals['_DELETEJOBREQUEST']._serialized_start=1019
+  _globals['_DELETEJOBREQUEST']._serialized_end=1065
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1067
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1086
+  _globals['_EVICTWORKERREQUEST']._serialized_start=1088
+  _globals['_EVICTWORKERREQUEST']._serialized_end=1140
+  _globals['_EVICTWORKERRESPONSE']._serialized_start=1142
+  _globals['_EVICTWORKERRESPONSE']._serialized_end=1163
+  _globals['_GETSTATUSREQUEST']._serialized_start=1165
+  _globals['_GETSTATUSREQUEST']._serialized_end=1183
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1186
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1443
 # @@protoc_insertion_point(module_scope)

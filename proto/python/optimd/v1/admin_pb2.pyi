@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "pushes", "bytes_received", "bytes_sent", "connected", "silent_s", "dropped", "lag", "waited_s", "staleness")
+    __slots__ = ("worker", "pushes", "bytes_received", "bytes_sent", "connected", "silent_s", "dropped", "lag", "waited_s", "staleness", "lost")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class WorkerStatus(_message.Message):
     LAG_FIELD_NUMBER: _ClassVar[int]
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     worker: _job_pb2.WorkerIdentity
     pushes: int
     bytes_received: int
@@ -30,7 +31,8 @@ class WorkerStatus(_message.Message):
     lag: int
     waited_s: float
     staleness: int
-    def __init__(self, worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., pushes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., connected: bool = ..., silent_s: _Optional[float] = ..., dropped: _Optional[int] = ..., lag: _Optional[int] = ..., waited_s: _Optional[float] = ..., staleness: _Optional[int] = ...) -> None: ...
+    lost: bool
+    def __init__(self, worker: _Optional[_Union[_job_pb2.WorkerIdentity, _Mapping]] = ..., pushes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., connected: bool = ..., silent_s: _Optional[float] = ..., dropped: _Optional[int] = ..., lag: _Optional[int] = ..., waited_s: _Optional[float] = ..., staleness: _Optional[int] = ..., lost: bool = ...) -> None: ...
 
 class JobSummary(_message.Message):
     __slots__ = ("job", "step", "worker_count", "parameter_count", "element_count", "value_bytes", "state_bytes", "device", "private", "bytes_received", "bytes_sent", "replay_bytes")
