@@ -8,7 +8,8 @@ cd "$folder"
 [ -s worker.pem ] && exit 0
 
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days "$days" \
-    -subj "/CN=optimd trial authority" -keyout ca.key -out ca.pem
+    -subj "/CN=optimd trial authority" \
+    -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key -out ca.pem
 
 issue() {
     name=$1 names=$2 usage=$3

@@ -1,6 +1,6 @@
 """A worker made of nothing but the schema: no optimd, no torch; grpcio, protobuf, and code generated from proto/.
 
-    pip install grpcio-tools
+    pip install grpcio-tools && mkdir generated
     python -m grpc_tools.protoc -I proto --python_out=generated --grpc_python_out=generated proto/optimd/v1/*.proto
     PYTHONPATH=generated python examples/plain_worker/worker.py --server 127.0.0.1:50551 --job plain
 

@@ -24,9 +24,10 @@ from torch import nn
 
 from optimd.client import Adam, ProxyOptions, connection
 from optimd.v1 import admin_pb2, errors_pb2, reading_pb2, training_pb2
+from optimd.v1.admin_service_pb2_grpc import AdminServiceStub
 from optimd.wire.bundles import unbundle
 from optimd.wire.reasons import ERROR_TRAILER, STATUS_OF_REASON, decode_reason
-from tests.support import running_server, server_process
+from tests.support import eventually, running_server, server_process
 
 EXAMPLES = int(os.environ.get("OPTIMD_FUZZ_EXAMPLES", "40"))
 MEMORY_MB = 96
@@ -41,7 +42,6 @@ CLEAN = {
     grpc.StatusCode.OK,
     # The stream's end met the server in the middle of something, or this test hung up.
     grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
 } - {grpc.StatusCode.INTERNAL}
 
 # --- hostile messages
@@ -237,10 +237,13 @@ class Witness:
             self.failure = error
 
     def end(self) -> None:
+        """It trains on still, and is told to stop."""
+        before = self.steps
+        assert eventually(lambda: self.steps > before + 1 or self.failure is not None, 60), "it makes no more steps"
         self._stop.set()
         self._thread.join(60)
+        assert not self._thread.is_alive()
         assert self.failure is None, self.failure
-        assert self.steps > 0
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ class Attacked:
 
 @pytest.fixture(scope="module")
 def attacked() -> Iterator[Attacked]:
-    limits = ("--max-job-bytes=33554432", "--max-jobs=20", "--max-workers=16", "--log-level=error")
+    limits = ("--max-job-bytes=33554432", "--max-jobs=20", "--max-workers=16", "--lease-s=1", "--log-level=error")
     with server_process(*limits) as (process, address), grpc.insecure_channel(address) as channel:
         witness = Witness(address)
         attacked = Attacked(psutil.Process(process.pid), channel)
@@ -269,14 +272,32 @@ def attacked() -> Iterator[Attacked]:
         yield attacked
         grown = attacked.resident_mb - before
         witness.end()
+        _assert_in_order(channel, address)
         assert process.poll() is None
         assert grown < MEMORY_MB, f"{grown:.0f} MB more"
+
+
+def _assert_in_order(channel: grpc.Channel, address: str) -> None:
+    """Of all that came nothing is left that is in somebody's way: no worker is in a job, and a new one trains."""
+    admin = AdminServiceStub(channel)
+    assert eventually(lambda: admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=20).worker_count == 0, 60)
+    for job in admin.ListJobs(admin_pb2.ListJobsRequest(), timeout=20).jobs:
+        admin.DeleteJob(admin_pb2.DeleteJobRequest(job=job.job), timeout=20)
+    p = nn.Parameter(torch.ones(10))
+    options = ProxyOptions(rank=0, world_size=1, worker_id="afterwards")
+    with Adam([p], server=address, job="afterwards", options=options) as optimizer:
+        p.grad = torch.ones(10)
+        optimizer.step()
+        assert optimizer.job_step == 1
 
 
 def _ended(call: grpc.Call) -> None:
     """A call has ended: with a status that says something, and not with a defect."""
     code = call.code()
     assert code in CLEAN, (code, call.details())
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        # The server's own, not that of the call, which nobody has answered then.
+        assert any(key == ERROR_TRAILER for key, _ in call.trailing_metadata() or ()), "not answered"
     for key, value in call.trailing_metadata() or ():
         if key == ERROR_TRAILER:
             detail = errors_pb2.ErrorDetail.FromString(value if isinstance(value, bytes) else value.encode())

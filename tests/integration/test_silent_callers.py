@@ -45,7 +45,7 @@ def silent_calls(channel: grpc.Channel, method: str, metadata: tuple[tuple[str, 
         over.wait()
         yield from ()
 
-    calls = [channel.stream_unary(method).future(nothing(), metadata=metadata) for _ in range(CALLS)]
+    calls: list[Any] = [channel.stream_unary(method).future(nothing(), metadata=metadata) for _ in range(CALLS)]
     try:
         yield calls
     finally:

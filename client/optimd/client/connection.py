@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import time
@@ -33,6 +34,8 @@ from optimd.wire.methods import READ_STATE, TRAIN, WATCHING_HEADER
 from optimd.wire.placement import placed
 from optimd.wire.rings import RingReader, RingWriter
 
+_log = logging.getLogger(__name__)
+
 _CHANNEL_OPTIONS: Final = (
     # A server that is started again is found soon; the core would wait for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -43,9 +46,14 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.max_frame_size", 4 * 1024 * 1024),
     ("grpc.http2.lookahead_bytes", 8 * 1024 * 1024),
+    # A server that has come back under another address, as a pod does, is not looked for under its old one for long.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # One connection for each optimizer: two of them do not wait for each other's flow control.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+_FIRST_PATIENCE_S: Final = 3.0
+"""How long a server is waited for before it is looked at whether TLS is the problem, in seconds."""
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -382,19 +390,32 @@ class Connection:
                 and _code_of(error) is not grpc.StatusCode.DEADLINE_EXCEEDED
             ):
                 raise failure from error
-        problem = self._credentials.problem(self.address)
-        if problem is not None:
-            raise CertificateError(problem)
-        try:
+        patience_s = _FIRST_PATIENCE_S
+        while True:
+            # Whenever something has begun to listen there, and files may be others by now.
+            problem = self._credentials.problem(self.address)
+            if problem is not None:
+                raise CertificateError(problem)
+            self._take_new_certificates()
+            call = OptimizerServiceStub(self.check()).GetCapabilities
             left = max(0.1, deadline - time.monotonic())
-            return call(request, timeout=left, wait_for_ready=True, metadata=metadata)
-        except grpc.RpcError as error:
-            if _code_of(error) is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise ServerUnavailableError(
-                    f"no optimd server answered at {self.address} within {timeout_s:g} s. Is it running (optimd "
-                    "serve), and is the address right? ProxyOptions(retry_timeout_s=...) sets how long to try"
-                ) from error
-            raise translate(error, self.address) from error
+            try:
+                return call(
+                    request,
+                    timeout=min(left, patience_s),
+                    wait_for_ready=True,
+                    metadata=self._credentials.metadata(),
+                )
+            except grpc.RpcError as error:
+                if _code_of(error) is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise translate(error, self.address) from error
+                if left <= patience_s:
+                    raise ServerUnavailableError(
+                        f"no optimd server answered at {self.address} within {timeout_s:g} s. Is it running (optimd "
+                        "serve), and is the address right? ProxyOptions(retry_timeout_s=...) sets how long to try"
+                    ) from error
+            # A server that is slow to answer is given longer.
+            patience_s *= 2
 
     def _take_new_certificates(self) -> None:
         """A line that is to be opened anew is opened with what the files have now."""
@@ -402,7 +423,13 @@ class Connection:
         if stamp == self._stamp:
             return
         old = self.check()
-        self._channel, self._stamp = self._credentials.channel(self.address, _CHANNEL_OPTIONS), stamp
+        try:
+            self._channel = self._credentials.channel(self.address, _CHANNEL_OPTIONS)
+        except ConfigurationError as error:
+            # Half of them have been replaced, perhaps. They are looked at again with the next line.
+            _log.warning("the certificates stay as they were: %s", error)
+            return
+        self._stamp = stamp
         old.close()
 
     def beat(self, request: reading_pb2.HeartbeatRequest, timeout_s: float) -> None:

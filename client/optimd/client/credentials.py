@@ -24,6 +24,8 @@ _Stamp = tuple[tuple[int, int, int], ...]
 class Credentials:
     """What lines to one server are opened with. Files are read whenever a line or a call is opened.
 
+    A file of a token that cannot be read just now, since it is being replaced, is stood in for by what it had before.
+
     Args:
         tls: How TLS is spoken; None: it is not.
         token: What is brought to every call.
@@ -43,6 +45,7 @@ class Credentials:
         self._token = token
         self._token_file = token_file
         self._insecure = insecure
+        self._last_token: str | None = None
 
     @classmethod
     def chosen(cls, options: ProxyOptions, environment: WorkerEnvironment) -> Credentials:
@@ -59,7 +62,7 @@ class Credentials:
         """A line to the server at `address`. On a Unix socket there is no TLS: its file's permissions protect it.
 
         Raises:
-            ConfigurationError: a file cannot be read, or a token would travel in the clear.
+            ConfigurationError: a file cannot be read or is not what it should be, or a token would travel in the clear.
         """
         if self._tls is None or address.startswith(_UNIX):
             if (self._token or self._token_file) and not self._insecure and not _is_on_this_host(address):
@@ -67,7 +70,7 @@ class Credentials:
                     f"a token would travel in the clear to {address}: set ProxyOptions(tls=Tls(ca=...)) or "
                     "$OPTIMD_TLS_CA, or ProxyOptions(insecure=True) on a network that you trust"
                 )
-            return grpc.insecure_channel(address, options=options)
+            return grpc.insecure_channel(address, options=[*_own_options(address), *options])
         if self._tls.server_name is not None:
             options = [*options, ("grpc.ssl_target_name_override", self._tls.server_name)]
         credentials = grpc.ssl_channel_credentials(
@@ -75,7 +78,9 @@ class Credentials:
             private_key=_read(self._tls.key),
             certificate_chain=_read(self._tls.cert),
         )
-        return grpc.secure_channel(address, credentials, options=options)
+        # gRPC would say nothing of files that do not go together, and fail every handshake.
+        _context(self._tls)
+        return grpc.secure_channel(address, credentials, options=[*_own_options(address), *options])
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with every call.
@@ -85,14 +90,24 @@ class Credentials:
         """
         token = self._token
         if token is None and self._token_file is not None:
-            token = (_read(self._token_file) or b"").decode(errors="replace").strip()
-            if not token:
-                raise ConfigurationError(f"the token file {self._token_file} is empty")
+            token = self._last_token = self._read_token(self._token_file)
         if token is None:
             return ()
         if not token.isascii() or not token.isprintable():
             raise ConfigurationError("the token is not printable ASCII, of one line")
         return (("authorization", f"Bearer {token}"),)
+
+    def _read_token(self, path: str) -> str:
+        try:
+            token = (_read(path) or b"").decode(errors="replace").strip()
+        except ConfigurationError:
+            if self._last_token is None:
+                raise
+            token = ""
+        token = token or self._last_token or ""
+        if not token:
+            raise ConfigurationError(f"the token file {path} is empty")
+        return token
 
     def stamp(self) -> _Stamp:
         """What changes when files are replaced that a line is opened with."""
@@ -118,7 +133,7 @@ class Credentials:
                 if self._tls is None:
                     return _speaks_tls(line, address)
                 return _refusal(line, self._tls, self._tls.server_name or host, address)
-        except (OSError, ValueError):
+        except (OSError, ValueError, ConfigurationError):
             return None
 
 
@@ -143,12 +158,44 @@ def _speaks_tls(line: socket.socket, address: str) -> str | None:
     )
 
 
-def _refusal(line: socket.socket, tls: Tls, server_name: str, address: str) -> str | None:
-    """What one of the two sides has against the other's certificate."""
-    context = ssl.create_default_context(cafile=tls.ca)
+def _own_options(address: str) -> list[tuple[str, Any]]:
+    # gRPC has `$http_proxy` stand between two programs of one host, too, and hands it what is not to leave it.
+    return [("grpc.enable_http_proxy", 0)] if _is_on_this_host(address) else []
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    """What Python speaks TLS with as gRPC does.
+
+    Raises:
+        ConfigurationError: a file is not what it should be, or the key is not that of the certificate.
+    """
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigurationError(f"{tls.ca} has no certificates of authorities in PEM ({_reason(error)})") from error
+    # gRPC takes authorities that do not say what they may sign, as Python does until 3.12.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["h2"])
     if tls.cert is not None:
-        context.load_cert_chain(tls.cert, tls.key)
+        try:
+            # A password, lest it be asked for at the terminal.
+            context.load_cert_chain(tls.cert, tls.key, password="")
+        except (ssl.SSLError, ValueError, OSError) as error:
+            raise ConfigurationError(
+                f"{tls.cert} and {tls.key} are not a certificate and its key, both PEM, the key not encrypted "
+                f"({_reason(error)})"
+            ) from error
+    return context
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "reason", None)
+    return said.lower().replace("_", " ") if isinstance(said, str) else str(error)
+
+
+def _refusal(line: socket.socket, tls: Tls, server_name: str, address: str) -> str | None:
+    """What one of the two sides has against the other's certificate."""
+    context = _context(tls)
     reason = ""
     try:
         with context.wrap_socket(line, server_hostname=server_name) as shaken:
@@ -161,6 +208,9 @@ def _refusal(line: socket.socket, tls: Tls, server_name: str, address: str) -> s
             f"the certificate of the server at {address} is not accepted: {error.verify_message.rstrip('.')}; "
             "ProxyOptions(tls=Tls(ca=..., server_name=...)), or $OPTIMD_TLS_CA and $OPTIMD_TLS_SERVER_NAME, have to fit"
         )
+    except (ssl.SSLEOFError, ConnectionError):
+        # It hangs up before it has said anything: it is full, or something in between has nobody to hand this on to.
+        return None
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).lower().replace("_", " ")
         if "wrong version number" in reason or "record layer" in reason:

@@ -61,7 +61,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> WorkerEnviron
         tls=_tls(variables),
         token=variables.get("OPTIMD_TOKEN") or None,
         token_file=variables.get("OPTIMD_TOKEN_FILE") or None,
-        insecure=_flag(variables, "OPTIMD_INSECURE"),
+        insecure=_flag(variables, "OPTIMD_INSECURE_TOKEN"),
         rank=_number(variables, "RANK", None),
         world_size=_number(variables, "WORLD_SIZE", 1),
         # Started by hand with ranks alone, several may be on this host.

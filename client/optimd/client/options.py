@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -243,14 +244,16 @@ class ProxyOptions:
     `$OPTIMD_TLS_SERVER_NAME` say; without any of them, plaintext. On a Unix socket there is none."""
 
     token: str | None = field(default=None, repr=False)
-    """What the server is shown to be let in. None: what `token_file` has, else `$OPTIMD_TOKEN`."""
+    """What the server is shown to be let in. None: what `token_file` has, else `$OPTIMD_TOKEN`.
+    It is not pickled."""
 
     token_file: str | None = None
     """A file that has the token. It is read for every call, and may be replaced. None: `$OPTIMD_TOKEN_FILE`, where
     there is no `token` either."""
 
     insecure: bool = False
-    """Whether a token may travel in the clear to other hosts, on a network that you trust. Also `$OPTIMD_INSECURE`."""
+    """Whether a token may travel in the clear to other hosts, on a network that you trust. Also
+    `$OPTIMD_INSECURE_TOKEN`."""
 
     def __post_init__(self) -> None:
         if self.tls is not None and not isinstance(self.tls, Tls):
@@ -280,6 +283,18 @@ class ProxyOptions:
             raise ConfigurationError(
                 f"ProxyOptions(retry_timeout_s={self.retry_timeout_s}): a positive number of seconds is needed"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A file of an optimizer is no place for a secret: whoever loads it brings one of its own.
+        named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "token"}
+        return partial(ProxyOptions, **named), ()
+
+    def __copy__(self) -> ProxyOptions:
+        return self
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> ProxyOptions:
+        # Nothing of it changes; and within a process it keeps its token.
+        return self
 
     def _check_numerics(self) -> None:
         if self.master_dtype is not None and not _can_be_master(self.master_dtype):

@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 def short(number: float) -> str:
     """A number in at most five characters: 3.2, 120, 4.5k, 1.2M."""
-    for limit, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "G")):
+    for limit, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "G"), (1e15, 1e12, "T")):
         if abs(number) < limit:
             scaled = number / divisor
             return f"{scaled:.1f}{unit}" if abs(scaled) < 100 and scaled != int(scaled) else f"{scaled:.0f}{unit}"

@@ -105,9 +105,9 @@ def evict_worker(
 ) -> None:
     """Take a worker out of a job at once, whatever it is doing: the others do not wait for it any more.
 
-    Its optimizer is told so and cannot come back, as long as this server runs. A script that opens another one can: stop
-    it first where that is not wanted. What it
-    has not pushed in full is in no step.
+    Its optimizer is told so and cannot come back, as long as this server runs. A script that opens another one can:
+    stop it first where that is not wanted. What it has not pushed in full is in no step. One that is lost and awaited
+    is awaited no more.
     """
     Admin(target).evict(job, worker)
     typer.echo(f"worker {worker} is out of job {job}")

@@ -65,7 +65,7 @@ class Chosen:
         """A file that sets them all, each with what it means and where it has come from."""
         parts = []
         for setting in SETTINGS:
-            value = json.dumps(self.values[setting.name])
+            value = json.dumps(self.values[setting.name], ensure_ascii=False)
             parts.append(f"# {setting.text}\n{setting.name} = {value}  # {self.sources[setting.name]}\n")
         return "\n".join(parts)
 
@@ -154,7 +154,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CommandError(f"{path} is not TOML: {error}") from error
     for name, value in content.items():
         setting = _BY_NAME.get(name)

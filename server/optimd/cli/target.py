@@ -81,7 +81,7 @@ _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
             typer.Option(
                 "--insecure",
                 help="Let a token travel in the clear, on a network that you trust.",
-                envvar="OPTIMD_INSECURE",
+                envvar="OPTIMD_INSECURE_TOKEN",
             ),
         ],
         False,

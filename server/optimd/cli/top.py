@@ -46,7 +46,7 @@ def show_top(
     ] = None,
     *,
     target: Target,
-    interval_s: Annotated[float, typer.Option(min=0.1, help="How often to look, in seconds.")] = 2.0,
+    interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="How often to look, in seconds.")] = 2.0,
     once: Annotated[
         bool,
         typer.Option("--once", help="Look twice, show what came in between, and end, as where there is no terminal."),

@@ -16,6 +16,10 @@ from optimd.server.errors import ConfigurationError
 DEFAULT_ADDRESS: Final = "127.0.0.1:50551"
 DURABILITIES: Final = ("off", "snapshot", "log")
 FSYNCS: Final = ("never", "step", "interval")
+_MOST_WORKERS: Final = 65_536
+_LONGEST_SOCKET_PATH: Final = 107
+"""On Linux: `sun_path` has 108, with the NUL behind it."""
+
 _UNIX: Final = "unix://"
 # What a job may take of the machine's memory where nobody says otherwise.
 _MEMORY_SHARE: Final = 0.8
@@ -110,6 +114,9 @@ class ServerConfig:
     metrics_address: str = setting(
         "", "Where to serve metrics to Prometheus: host:port, at /metrics, in the clear. Port 0 takes a free one."
     )
+    metrics_insecure: bool = setting(
+        default=False, text="Serve metrics to other hosts: names of jobs and workers, in the clear and to whoever asks."
+    )
     drain_timeout_s: float = setting(10.0, "How long a stopping server waits for open steps, in seconds.")
     health: bool = setting(default=True, text="Serve the standard health service. It needs optimd[server].")
     reflection: bool = setting(
@@ -120,6 +127,12 @@ class ServerConfig:
         for name in ("max_workers", "max_jobs"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in (("max_workers", _MOST_WORKERS), ("max_connections", _MOST_WORKERS * 4), ("threads", 4096)):
+            if getattr(self, name) > most:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at most {most}")
+        for item in fields(self):
+            if "\0" in str(getattr(self, item.name)):
+                raise ConfigurationError(f"{item.name} has a NUL character in it")
         if not 0.1 <= self.lease_s <= threading.TIMEOUT_MAX:
             raise ConfigurationError(f"lease_s is {self.lease_s}; it must be at least 0.1 seconds")
         for name, choices in (("durability", DURABILITIES), ("fsync", FSYNCS)):
@@ -148,6 +161,11 @@ class ServerConfig:
             raise ConfigurationError(f"drain_timeout_s is {self.drain_timeout_s}; it must be a number of seconds")
         self._check_tls()
         if self.socket_path is not None:
+            if len(os.fsencode(self.socket_path)) > _LONGEST_SOCKET_PATH:
+                raise ConfigurationError(
+                    f"the path of {self.address} is too long for a Unix socket, which may have "
+                    f"{_LONGEST_SOCKET_PATH} bytes"
+                )
             if not self.socket_path.is_absolute():
                 raise ConfigurationError(f"{self.address!r} is not an address; write host:port or unix:///path")
         elif not _is_loopback(self.host) and not self.insecure and not self.tls_cert:
@@ -157,8 +175,16 @@ class ServerConfig:
                 "network that you trust"
             )
 
-        if self.metrics_address:
-            host_of(self.metrics_address)
+        if (
+            self.metrics_address
+            and not _is_loopback(host_of(self.metrics_address))
+            and not self.insecure
+            and not self.metrics_insecure
+        ):
+            raise ConfigurationError(
+                f"metrics at {self.metrics_address} could be read from other hosts, in the clear and by whoever asks: "
+                "serve them at 127.0.0.1, or pass --metrics-insecure on a network that you trust"
+            )
 
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -402,6 +402,7 @@ class Job:
                 if not lapsed:
                     break
                 _log.warning("job %s: rank %d (%s) was lost: its lease has ended", self.name, *lapsed[0])
+                self.measures.lost += 1
                 self._remove_locked(lapsed[0], lost=True, lapsed=True, ends_stream=True)
             waited_for = self._company.newcomers > 0
             if self._aggregator.is_timed or waited_for:

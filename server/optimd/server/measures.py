@@ -99,8 +99,11 @@ class JobMeasures:
         """What became of pushes."""
         self.resumed = 0
         """How many pushes went on where a line had broken."""
+        self.lost = 0
+        """How many workers' leases have ended."""
         self.deduplicated = 0
         """How many came that had been answered on a line that broke: they changed nothing."""
+        self._began_s = time.monotonic()
         self._bytes_lock = threading.Lock()
         self._received = self._sent = 0  # guarded by self._bytes_lock
 
@@ -109,6 +112,11 @@ class JobMeasures:
         self.outcomes[receipt.outcome] += 1
         if receipt.outcome in (Outcome.APPLIED, Outcome.MERGED):
             self.staleness_steps.observe(receipt.staleness)
+
+    @property
+    def age_s(self) -> float:
+        """Since when it is here, in seconds."""
+        return time.monotonic() - self._began_s
 
     def transferred(self, *, received: int, sent: int) -> None:
         """So many bytes have come and gone, in shared memory too."""

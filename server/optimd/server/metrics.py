@@ -96,7 +96,14 @@ def _durability(jobs: Sequence[Job], storage: Storage) -> Iterator[Metric]:
     stuck = GaugeMetricFamily(
         "optimd_journal_stuck", "1 while a job waits for its journal to be writable again, else 0.", labels=_JOB
     )
-    age = GaugeMetricFamily("optimd_snapshot_age_seconds", "Age of a job's last snapshot.", labels=_JOB)
+    age = GaugeMetricFamily(
+        "optimd_snapshot_age_seconds",
+        "Age of a job's last snapshot; while it has none, since when the job is here.",
+        labels=_JOB,
+    )
+    yield GaugeMetricFamily(
+        "optimd_snapshot_interval_seconds", "How often snapshots are taken; 0: not by time.", value=storage.snapshot_s
+    )
     took = GaugeMetricFamily("optimd_snapshot_seconds", "How long that took to write.", labels=_JOB)
     step = GaugeMetricFamily("optimd_snapshot_step", "The job step that it is of.", labels=_JOB)
     for job in jobs:
@@ -107,8 +114,8 @@ def _durability(jobs: Sequence[Job], storage: Storage) -> Iterator[Metric]:
             stuck.add_metric(label, bool(job.journal.trouble))
             _add_histogram(syncs, label, job.journal.sync_seconds)
         told = storage.last_snapshot(job)
+        age.add_metric(label, job.measures.age_s if told is None else told.age_s)
         if told is not None:
-            age.add_metric(label, told.age_s)
             took.add_metric(label, told.took_s)
             step.add_metric(label, told.step)
     yield from (written, replayed, syncs, stuck, age, took, step)
@@ -167,6 +174,10 @@ def _workers(jobs: Sequence[Job]) -> Iterator[Metric]:
     waited = CounterMetricFamily(
         "optimd_worker_wait_seconds", "How long it has waited for others, its own push complete.", labels=_WORKER
     )
+    lost = CounterMetricFamily("optimd_workers_lost", "Workers whose leases have ended.", labels=_JOB)
+    backup = GaugeMetricFamily(
+        "optimd_job_backup_workers", "How many pushes of each step are dropped by design.", labels=_JOB
+    )
     for job in jobs:
         members = job.members()
         connected = sum(member.alive for member in members)
@@ -179,7 +190,9 @@ def _workers(jobs: Sequence[Job]) -> Iterator[Metric]:
             lag.add_metric(label, job.lag(member))
             silent.add_metric(label, member.silent_s)
             waited.add_metric(label, member.waits.total_s)
-    yield from (workers, lag, silent, lease, waited)
+        lost.add_metric((job.name,), job.measures.lost)
+        backup.add_metric((job.name,), job.settings.backup_workers)
+    yield from (workers, lag, silent, lease, waited, lost, backup)
 
 
 def _memory(jobs: Sequence[Job]) -> Iterator[Metric]:

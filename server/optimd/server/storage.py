@@ -284,6 +284,11 @@ class Storage:
         kept = self._kept_as(job)
         return 0 if kept is None or not job.journal.is_kept else job.journal.position - kept.taken_position
 
+    @property
+    def snapshot_s(self) -> float:
+        """How often snapshots are taken of jobs that have changed, in seconds; 0: not by time."""
+        return self._settings.snapshot_s
+
     def last_snapshot(self, job: Job) -> SnapshotTold | None:
         """What is known of a job's last snapshot; None where it has none. Does not wait."""
         kept = self._kept_as(job)

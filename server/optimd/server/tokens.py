@@ -43,11 +43,14 @@ class Caller:
         name: What the log calls it; empty where nobody has to say who they are.
         jobs: Patterns of the jobs that it may use, as of a shell.
         admin: Whether it may make admin calls.
+        digest: SHA-256 of its token's secret: who brings another one is somebody else. All digests are of one length,
+            and take as long to compare.
     """
 
     name: str = ""
     jobs: tuple[str, ...] = ("*",)
     admin: bool = True
+    digest: bytes = field(default=b"", repr=False)
 
     def check_job(self, job: str) -> None:
         """Whether it may use a job, be there one of that name or not.
@@ -77,17 +80,8 @@ ANYBODY: Final = Caller()
 """Who calls a server that asks for no tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token, as far as the server keeps it."""
-
-    digest: bytes = field(repr=False)
-    """SHA-256 of its secret: all digests are of one length, and take as long to compare."""
-    caller: Caller
-
-
-def read_tokens(path: Path) -> list[Token]:
-    """The tokens of a file.
+def read_tokens(path: Path) -> list[Caller]:
+    """Whom a file of tokens lets in.
 
     Raises:
         ConfigurationError: it cannot be read, or is not what this module's docstring shows. Secrets are not told of.
@@ -104,17 +98,17 @@ def read_tokens(path: Path) -> list[Token]:
     tables = content.pop("token", None)
     if content or not isinstance(tables, list) or not tables:
         raise ConfigurationError(f"{path} has to consist of [[token]] tables, at least one")
-    tokens = [_read_token(path, number, table) for number, table in enumerate(tables, 1)]
+    callers = [_read_token(path, number, table) for number, table in enumerate(tables, 1)]
     for what, values in (
-        ("name", [token.caller.name for token in tokens]),
-        ("secret", [token.digest for token in tokens]),
+        ("name", [caller.name for caller in callers]),
+        ("secret", [caller.digest for caller in callers]),
     ):
         if len(set(values)) < len(values):
             raise ConfigurationError(f"{path}: two tokens have the same {what}")
-    return tokens
+    return callers
 
 
-def _read_token(path: Path, number: int, table: Any) -> Token:
+def _read_token(path: Path, number: int, table: Any) -> Caller:
     where = f"{path}: token {number}"
     if not isinstance(table, dict):
         raise ConfigurationError(f"{where} is no table; write [[token]]")
@@ -136,8 +130,7 @@ def _read_token(path: Path, number: int, table: Any) -> Token:
     jobs = table.get("jobs", ["*"])
     if not all(isinstance(job, str) for job in jobs):
         raise ConfigurationError(f"{where}: its jobs have to be strings")
-    caller = Caller(name=table["name"], jobs=tuple(jobs), admin=table.get("admin", False))
-    return Token(_digest(table["secret"]), caller)
+    return Caller(table["name"], tuple(jobs), table.get("admin", False), _digest(table["secret"]))
 
 
 def _digest(secret: str) -> bytes:
@@ -157,7 +150,7 @@ class Gate:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._tokens: Sequence[Token] = [] if path is None else read_tokens(path)  # replaced as a whole
+        self._callers: Sequence[Caller] = [] if path is None else read_tokens(path)  # replaced as a whole
         # Long calls that are under way: whose, and what ends them.
         self._guests: dict[int, tuple[Caller, Callable[[], object]]] = {}  # guarded by self._lock
         self._next_guest = 0
@@ -181,7 +174,7 @@ class Gate:
             )
         digest = _digest(secret)
         # All of them, whichever it is: how long it takes tells nothing.
-        found = [token.caller for token in self._tokens if hmac.compare_digest(token.digest, digest)]
+        found = [caller for caller in self._callers if hmac.compare_digest(caller.digest, digest)]
         if not found:
             raise UnauthenticatedError("this server does not know the token that was brought; it may have been revoked")
         return found[0]
@@ -199,7 +192,7 @@ class Gate:
         with self._lock:
             number, self._next_guest = self._next_guest, self._next_guest + 1
             self._guests[number] = (caller, end)
-            is_revoked = self._path is not None and all(token.caller != caller for token in self._tokens)
+            is_revoked = self._path is not None and caller not in self._callers
         if is_revoked:
             # Between `admit` and now.
             end()
@@ -221,15 +214,15 @@ class Gate:
             )
             return
         try:
-            tokens = read_tokens(self._path)
+            callers = read_tokens(self._path)
         except ConfigurationError as error:
             _log.error("the tokens stay as they were: %s", error)
             return
         with self._lock:
-            before, self._tokens = set(self._tokens), tokens
             # A secret that is another one is revoked, too, whatever its token is called.
-            gone = {token.caller for token in before.difference(tokens)}
+            gone = set(self._callers).difference(callers)
+            self._callers = callers
             ended = [end for caller, end in self._guests.values() if caller in gone]
         for end in ended:
             end()
-        _log.info("read %d tokens from %s; %d calls of others ended", len(tokens), self._path, len(ended))
+        _log.info("read %d tokens from %s; %d calls of others ended", len(callers), self._path, len(ended))
