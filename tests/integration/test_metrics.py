@@ -118,3 +118,15 @@ def test_what_a_restart_replays_is_not_counted_again(tmp_path: Path) -> None:
         for name in ("optimd_steps_total", "optimd_staleness_steps_count", "optimd_step_seconds_count"):
             assert of(samples, name, job_name="j") == 0, name
         assert of(samples, "optimd_pushes_total", job_name="j", outcome="applied") == 0
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_and_use_are_told() -> None:
+    """The use only with NVIDIA's management library, which is no dependency."""
+    pytest.importorskip("pynvml")
+    with running_server(metrics_address="127.0.0.1:0", device="cuda:0") as server:
+        samples = steps(server, 3)
+        total = of(samples, "optimd_device_memory_bytes", device="cuda:0", kind="total")
+        used = of(samples, "optimd_device_memory_bytes", device="cuda:0", kind="used")
+        assert 0 < of(samples, "optimd_device_memory_bytes", device="cuda:0", kind="allocated") <= used <= total
+        assert 0 <= of(samples, "optimd_device_utilization_ratio", device="cuda:0") <= 1
