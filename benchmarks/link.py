@@ -103,7 +103,7 @@ def _across() -> Iterator[Venue]:
 
 def _overlap(model: str, rounds: int, upload_s: float, venue: Venue) -> OverlapTimes:
     multiplications = _multiplications_for(upload_s, model, venue)
-    daemons = [peer for peer in (ATOMIC, OVERLAPPED) if peer.available]
+    daemons = [ATOMIC, OVERLAPPED]
     with crews([Backward(), *daemons], model, 1, venue, multiplications=multiplications) as started:
         contenders = [Contender(crew.peer.name, crew.step, crew.prepare) for crew in started]
         times = take_turns(contenders, warmups=1, rounds=rounds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks import models
@@ -69,11 +68,10 @@ def measure(suite: Suite, venue: Venue) -> StepTimes:
         PeerError: a contender failed.
         ServerStartError: a daemon did not start.
     """
-    peers = available(suite.peers)
     model = models.build(suite.model)
     parameters, tensors = models.parameter_count(model), len(list(model.parameters()))
     del model
-    with crews(peers, suite.model, suite.workers, venue) as started:
+    with crews(suite.peers, suite.model, suite.workers, venue) as started:
         contenders = [Contender(crew.peer.name, crew.step, crew.prepare) for crew in started]
         times = take_turns(contenders, warmups=suite.warmups, rounds=suite.rounds, in_a_row=suite.in_a_row)
         digests = {crew.peer.name: crew.digests() for crew in started if crew.peer.bits}
@@ -86,11 +84,6 @@ def measure(suite: Suite, venue: Venue) -> StepTimes:
         times=times,
         differing=[name for name, found in digests.items() if expected is not None and set(found) != {expected}],
     )
-
-
-def available(peers: Sequence[Peer]) -> list[Peer]:
-    """Those that this optimd has the options for."""
-    return [peer for peer in peers if not isinstance(peer, Optimd) or peer.available]
 
 
 ONE_WORKER = ", 1 worker"

@@ -1,6 +1,6 @@
 """The contenders: optimd, what its users would pick instead, and what the line alone costs."""
 
-from benchmarks.peers.daemon import Optimd, offers
+from benchmarks.peers.daemon import Optimd
 from benchmarks.peers.echo import MESSAGE_BYTES, Echo, OneWay, echo_over
 from benchmarks.peers.gloo import Ddp, GlooServer
 from benchmarks.peers.local import LOCAL, Local
@@ -23,5 +23,4 @@ __all__ = [
     "Setting",
     "Worker",
     "echo_over",
-    "offers",
 ]

@@ -16,11 +16,6 @@ from optimd.client import Adam, ProxyOptions
 _TRANSPORTS: Final = {"shm": "shm", "unix": "Unix socket", "tcp": "TCP"}
 
 
-def offers(option: str) -> bool:
-    """Whether this optimd's `ProxyOptions` has an option: rows that need one that it does not have are left out."""
-    return option in {field.name for field in dataclasses.fields(ProxyOptions)}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimd:
     """A daemon with one torch thread, on the CPU, and workers with torch's fused Adam in its place."""
@@ -50,11 +45,6 @@ class Optimd:
     def listens(self) -> Transport:
         """Shared memory's control stream takes the Unix socket."""
         return "tcp" if self.transport == "tcp" else "unix"
-
-    @property
-    def available(self) -> bool:
-        """Whether this optimd has what it needs."""
-        return (self.wire == "fp32" or offers("wire_dtype")) and all(offers(option) for option, _ in self.options)
 
     def serve(self, setting: Setting, ready: Callable[[], None]) -> None:
         """It has a program for that."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import models, report, step_time
+from benchmarks import models, report
 from benchmarks.link import ATOMIC, OVERLAPPED, RAW, LinkTimes, OverlapTimes
 from benchmarks.marks import Mark, marks
 from benchmarks.memory import MB, MemoryUse, Peak
-from benchmarks.peers import LOCAL, GlooServer, Optimd, offers
+from benchmarks.peers import LOCAL, GlooServer, Optimd
 from benchmarks.peers.backward import ALONE
 from benchmarks.step_time import MIDDLE, ONE_WORKER, SMALL, StepTimes
 from benchmarks.timing import Contender, Times, take_turns
@@ -145,14 +145,6 @@ def test_contenders_take_turns_on_the_same_steps() -> None:
     times = take_turns(contenders, warmups=1, rounds=3, in_a_row=2)
     assert prepared["a"] == prepared["b"] == [*range(8)]
     assert times["a"] == Times(3, 2.0, 2.0, 2.0)
-
-
-def test_options_that_this_optimd_lacks_are_noticed() -> None:
-    """Their rows are left out."""
-    assert offers("transport")
-    assert not offers("no_such_option")
-    missing = Optimd(transport="tcp", options=(("no_such_option", 1),))
-    assert step_time.available([missing, GlooServer()]) == [GlooServer()]
 
 
 def test_models_have_the_tensors_of_real_ones() -> None:

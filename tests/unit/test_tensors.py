@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimd.wire.tensors import bytes_of, copy_flat, flatten, memory_order, tensor_over, unflatten
+from optimd.wire.tensors import bytes_of, flatten, memory_order, tensor_over, unflatten
 
 DTYPES: Final = (
     torch.float64,
@@ -226,30 +226,3 @@ def test_a_tensor_keeps_its_payload_alive() -> None:
     del over
     gc.collect()
     assert alive() is None
-
-
-@pytest.mark.parametrize("numel", [0, 1, 65_535, 65_536, 300_000])
-def test_a_flat_copy_is_torchs_copy_and_shows_as_a_write(numel: int) -> None:
-    """Above and below what the C library copies."""
-    source, target = torch.randn(numel), torch.zeros(numel + 1)
-    version = target._version
-    copy_flat(target[:numel], source)
-    assert torch.equal(target[:numel], source)
-    assert target[numel] == 0
-    assert target._version > version
-
-
-def test_a_flat_copy_takes_what_is_not_dense_or_of_another_type_as_torch_does() -> None:
-    numel = 200_000
-    source = torch.randn(numel)
-    strided = torch.zeros(2 * numel)
-    copy_flat(strided[::2], source)
-    assert torch.equal(strided[::2], source)
-    assert not strided[1::2].any()
-    copy_flat(strided[:numel], torch.stack([source, -source], dim=1).view(-1)[::2])
-    assert torch.equal(strided[:numel], source)
-    wide = torch.zeros(numel, dtype=torch.float64)
-    copy_flat(wide, source)
-    assert torch.equal(wide, source.double())
-    with pytest.raises(RuntimeError):
-        copy_flat(torch.zeros(numel), torch.zeros(numel + 1))

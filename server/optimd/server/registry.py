@@ -252,7 +252,7 @@ class JobRegistry:
                 )
             if len(self._jobs) >= self._max_jobs:
                 raise LimitExceededError(
-                    f"this server holds {len(self._jobs)} jobs and takes no more (--max-jobs); delete one"
+                    f"this server takes {self._max_jobs} jobs and no more (--max-jobs); delete one"
                 )
             journal = self.storage.create(opening.job, opening.settings) if self.storage is not None else None
             job = self._make(opening.job, opening.settings, journal)

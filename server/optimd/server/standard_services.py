@@ -64,7 +64,7 @@ class Health(health.HealthServicer):  # type: ignore[misc]  # has no types
         name = request.service.removeprefix(JOB_PREFIX)
         self._gate.admit(secret_of(context)).check_job(name)
         job = self._registry.get(name)
-        healthy = not job.journal.trouble and not job.journal.has_failed
+        healthy = not self._gracefully_shutting_down and not job.journal.trouble and not job.journal.has_failed
         return health_pb2.HealthCheckResponse(
             status=health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
         )

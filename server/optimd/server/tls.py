@@ -32,6 +32,7 @@ class CertificateFiles:
         self._client_ca = client_ca
         self._files = [path for path in (cert, key, client_ca) if path is not None]
         self._seen: _Stamp | None = None
+        self._complaint = ""
 
     def credentials(self) -> grpc.ServerCredentials:
         """What to listen with.
@@ -56,8 +57,12 @@ class CertificateFiles:
             self._seen = stamp
             configuration = self._read()
         except ConfigurationError as error:
-            _log.error("the certificate stays as it was: %s", error)
+            if str(error) != self._complaint:
+                # Once: every connection comes by here, and anybody may make those.
+                self._complaint = str(error)
+                _log.error("the certificate stays as it was: %s", error)
             return None
+        self._complaint = ""
         _log.info("read the certificate in %s again", self._cert)
         return configuration
 

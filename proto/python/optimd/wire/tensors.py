@@ -13,8 +13,6 @@ from typing import Final, NamedTuple
 
 import torch
 
-_LARGE_BYTES = 256 * 1024
-
 # What is copied in less time than it takes to let go of the interpreter's lock, and to get it again.
 _QUICK_BYTES: Final = 32 * 1024
 _copy_quickly = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
@@ -98,26 +96,6 @@ def tensor_over(payload: memoryview, dtype: torch.dtype) -> torch.Tensor:
     if dtype is torch.complex128 and tensor.data_ptr() % dtype.itemsize:
         tensor = tensor.clone()
     return tensor.view(dtype)
-
-
-def copy_flat(target: torch.Tensor, source: torch.Tensor) -> None:
-    """What `target.copy_(source)` does, for tensors of one dimension.
-
-    Large ones of one dtype, dense and in the host's memory, are copied by `copy_bytes`.
-    """
-    nbytes = target.numel() * target.element_size()
-    if (
-        nbytes < _LARGE_BYTES
-        or target.dtype is not source.dtype
-        or target.numel() != source.numel()
-        or not (target.device.type == source.device.type == "cpu")
-        or not (target.is_contiguous() and source.is_contiguous())
-    ):
-        target.copy_(source)
-        return
-    copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
-    # As torch's does, for autograd and for whoever watches a parameter.
-    torch.autograd.graph.increment_version(target)
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
