@@ -58,5 +58,6 @@ def quick_server() -> Iterator[Server]:
 @pytest.fixture
 def server() -> Iterator[Server]:
     """A server in this process. Tests that kill one start a process: `server_process`."""
-    with running_server() as running:
+    # Some leave it in the middle of a step: that is not waited for when it is over.
+    with running_server(drain_timeout_s=1.0) as running:
         yield running

@@ -195,7 +195,8 @@ def test_rates_of_a_worker_that_has_come_back_count_from_the_start() -> None:
         (4500, "4.5k"),
         (1.2e6, "1.2M"),
         (5e9, "5G"),
-        (3e13, "3e+13"),
+        (3e13, "30T"),
+        (3e16, "3e+16"),
     ],
 )
 def test_numbers_are_short(number: float, text: str) -> None:

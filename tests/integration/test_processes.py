@@ -343,10 +343,12 @@ def test_a_thousand_dropped_optimizers_share_one_embedded_server(request: pytest
     assert eventually(lambda: process.num_threads() <= threads + 5), process.num_threads()
 
 
-def test_an_interrupted_step_leaves_an_optimizer_that_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_step_leaves_an_optimizer_that_says_so(
+    quick_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C in the middle of a step: the next one raises instead of reading the last one's answers."""
     p = nn.Parameter(torch.ones(3))
-    optimizer = Adam([p], server=server.address)
+    optimizer = Adam([p], server=quick_server.address)
     p.grad = torch.ones(3)
 
     def interrupted(*_: object) -> None:
@@ -359,7 +361,7 @@ def test_an_interrupted_step_leaves_an_optimizer_that_says_so(server: Server, mo
     with pytest.raises(ConnectionLostError, match="KeyboardInterrupt"):
         optimizer.step()
     optimizer.close()
-    assert eventually(lambda: not server.registry.all())
+    assert eventually(lambda: not quick_server.registry.all())
 
 
 @pytest.mark.skipif(

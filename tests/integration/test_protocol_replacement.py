@@ -30,6 +30,13 @@ from tests.support import eventually, running_server
 Request = training_pb2.TrainRequest
 
 
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """One that is soon done with a worker whose line is down."""
+    with running_server(lease_s=4.0, drain_timeout_s=1.0) as running:
+        yield running
+
+
 def replace(layout_count: int = 1) -> training_pb2.TrainRequest:
     return Request(replace_layout=training_pb2.ReplaceLayout(layout_count=layout_count))
 
