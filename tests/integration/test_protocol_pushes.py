@@ -131,7 +131,7 @@ def goes_on_as_if_nothing_had_been(server: Server) -> None:
     with PlainWorker(server) as again:
         again.send(again.open_job(), again.layout())
         *_, ready = again.until("ready")
-        assert ready.ready == job_pb2.JobReady(lease_s=15)
+        assert ready.ready == job_pb2.JobReady(lease_s=server.registry.get("plain").lease_s)
         assert twin.equals(again)
         again.send(begin(), *grads(), end(2))
         assert again.until("receipt")[-1].receipt.step == 1
