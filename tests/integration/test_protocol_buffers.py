@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,13 +18,6 @@ Request = training_pb2.TrainRequest
 BOOLS, FLOATS = tensor_pb2.DTYPE_BOOL, tensor_pb2.DTYPE_FLOAT32
 FLAGS = tensor_pb2.BufferSpec(name="flags", dtype=BOOLS, shape=[3])
 TABLE = tensor_pb2.BufferSpec(name="table", dtype=FLOATS, shape=[300])
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    """One that is soon done with a worker whose line is down."""
-    with running_server(lease_s=4.0, drain_timeout_s=1.0) as running:
-        yield running
 
 
 def announce(*specs: tensor_pb2.BufferSpec, last: bool = True) -> list[training_pb2.TrainRequest]:
