@@ -260,7 +260,9 @@ class Attacked:
 
 
 @pytest.fixture(scope="module")
-def attacked() -> Iterator[Attacked]:
+def attacked(recorded: list[bytes]) -> Iterator[Attacked]:
+    # Only now, lest the witness's own messages be among those.
+    assert recorded
     limits = ("--max-job-bytes=33554432", "--max-jobs=20", "--max-workers=16", "--lease-s=1", "--log-level=error")
     with server_process(*limits) as (process, address), grpc.insecure_channel(address) as channel:
         witness = Witness(address)
@@ -404,7 +406,7 @@ def _claiming(recorded: list[bytes], **fields: Any) -> list[bytes]:
         {"master_dtype": 999},
         {"name": "x" * 100_000},
     ],
-    ids=str,
+    ids=lambda fields: f"{next(iter(fields))}-{str(next(iter(fields.values())))[:30]}",
 )
 def test_huge_claims_take_no_memory(attacked: Attacked, recorded: list[bytes], fields: dict[str, Any]) -> None:
     """They are refused before anything is taken for them."""

@@ -107,14 +107,21 @@ def test_memory_that_was_not_taken_is_not_mapped(segment: Segment) -> None:
         attach(segment.name, segment.token, RING, RING)
 
 
-def test_what_a_dead_process_left_is_swept_and_what_a_live_one_has_is_not(segment: Segment) -> None:
+def test_what_a_dead_process_left_is_swept_and_what_a_live_one_has_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In a folder of its own: each server that is started on this machine sweeps the other one.
+    monkeypatch.setattr(sharedmemory, "FOLDER", tmp_path)
+    segment = Segment.create()
     program = (
-        "import os, signal\n"
-        "from optimd.wire.sharedmemory import Segment\n"
-        "print(Segment.create().name, flush=True)\n"
+        "import os, pathlib, signal, sys\n"
+        "from optimd.wire import sharedmemory\n"
+        "sharedmemory.FOLDER = pathlib.Path(sys.argv[1])\n"
+        "print(sharedmemory.Segment.create().name, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     left = sharedmemory.FOLDER / done.stdout.strip()
     assert left.name.startswith("optimd-")
     assert left.exists(), "the process was to leave its file behind"
@@ -122,6 +129,7 @@ def test_what_a_dead_process_left_is_swept_and_what_a_live_one_has_is_not(segmen
     assert not left.exists()
     assert path_of(segment).exists()
     check_shared(segment.name, segment.token)
+    segment.close()
 
 
 def test_a_file_that_is_swept_while_it_is_made_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
