@@ -40,6 +40,13 @@ print("receipt", optimizer.last_receipt.step, optimizer.last_receipt.contributor
 """
 
 
+PRELUDE = """
+trap 'kill $(jobs -p) 2> /dev/null' EXIT
+# An environment that sees another one's packages has not their commands.
+torchrun() { python -m torch.distributed.run "$@"; }
+"""
+
+
 def block(words: str) -> str:
     """The shell block that has these words."""
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -74,7 +81,7 @@ def typed(script: str, address: str, folder: Path) -> str:
     }.items():
         script = script.replace(theirs, ours)
     shell = subprocess.run(
-        ["bash", "-euc", "trap 'kill $(jobs -p) 2> /dev/null' EXIT\n" + script],
+        ["bash", "-euc", PRELUDE + script],
         cwd=folder,
         env={
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
