@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,6 +266,8 @@ def attacked(recorded: list[bytes]) -> Iterator[Attacked]:
     assert recorded
     limits = ("--max-job-bytes=33554432", "--max-jobs=20", "--max-workers=16", "--lease-s=1", "--log-level=error")
     with server_process(*limits) as (process, address), grpc.insecure_channel(address) as channel:
+        # gRPC logs a traceback for each message that is none: a pipe that nobody reads would have the server wait.
+        threading.Thread(target=_read_out, args=(process.stderr,), daemon=True).start()
         witness = Witness(address)
         attacked = Attacked(psutil.Process(process.pid), channel)
         # What is kept for calls of this kind once there has been one.
@@ -277,6 +280,12 @@ def attacked(recorded: list[bytes]) -> Iterator[Attacked]:
         _assert_in_order(channel, address)
         assert process.poll() is None
         assert grown < MEMORY_MB, f"{grown:.0f} MB more"
+
+
+def _read_out(lines: Iterable[str] | None) -> None:
+    with suppress(ValueError):  # closed, at the end
+        for _ in lines or ():
+            pass
 
 
 def _assert_in_order(channel: grpc.Channel, address: str) -> None:
