@@ -14,6 +14,7 @@ import grpc
 from optimd.client.environment import WorkerEnvironment
 from optimd.client.exceptions import ConfigurationError
 from optimd.client.options import ProxyOptions, Tls
+from optimd.wire.pem import PemError, client_context, load_pair
 
 _UNIX: Final = "unix:"
 _LOOK_TIMEOUT_S: Final = 5.0
@@ -170,27 +171,15 @@ def _context(tls: Tls) -> ssl.SSLContext:
         ConfigurationError: a file is not what it should be, or the key is not that of the certificate.
     """
     try:
-        context = ssl.create_default_context(cafile=tls.ca)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigurationError(f"{tls.ca} has no certificates of authorities in PEM ({_reason(error)})") from error
+        context = client_context(tls.ca)
+        if tls.cert is not None and tls.key is not None:
+            load_pair(context, tls.cert, tls.key)
+    except PemError as error:
+        raise ConfigurationError(str(error)) from error
     # gRPC takes authorities that do not say what they may sign, as Python does until 3.12.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["h2"])
-    if tls.cert is not None:
-        try:
-            # A password, lest it be asked for at the terminal.
-            context.load_cert_chain(tls.cert, tls.key, password="")
-        except (ssl.SSLError, ValueError, OSError) as error:
-            raise ConfigurationError(
-                f"{tls.cert} and {tls.key} are not a certificate and its key, both PEM, the key not encrypted "
-                f"({_reason(error)})"
-            ) from error
     return context
-
-
-def _reason(error: Exception) -> str:
-    said = getattr(error, "reason", None)
-    return said.lower().replace("_", " ") if isinstance(said, str) else str(error)
 
 
 def _refusal(line: socket.socket, tls: Tls, server_name: str, address: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from optimd.server.errors import ConfigurationError
+from optimd.wire.pem import PemError, load_authorities, load_pair
 
 _log = logging.getLogger(__name__)
 
@@ -88,25 +89,11 @@ class CertificateFiles:
         """Whether the files go together: gRPC would say nothing, and fail every handshake."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # A password, lest it be asked for at the terminal.
-            context.load_cert_chain(self._cert, self._key, password="")
-        except (ssl.SSLError, ValueError, OSError) as error:
-            raise ConfigurationError(
-                f"{self._cert} and {self._key} are not a certificate and its key, both PEM, the key not encrypted "
-                f"({_reason(error)})"
-            ) from error
-        if self._client_ca is not None:
-            try:
-                context.load_verify_locations(self._client_ca)
-            except (ssl.SSLError, OSError) as error:
-                raise ConfigurationError(
-                    f"{self._client_ca} has no certificates of authorities in PEM ({_reason(error)})"
-                ) from error
-
-
-def _reason(error: Exception) -> str:
-    said = getattr(error, "reason", None)
-    return said.lower().replace("_", " ") if isinstance(said, str) else str(error)
+            load_pair(context, self._cert, self._key)
+            if self._client_ca is not None:
+                load_authorities(context, self._client_ca)
+        except PemError as error:
+            raise ConfigurationError(str(error)) from error
 
 
 def _unreadable(error: OSError) -> str:
